@@ -1,0 +1,91 @@
+"""Settings: arguments over environment over defaults. The one place that reads the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arc_dist.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Env:
+    """What the environment says. Variables without a comment are set by the supervisor for the training process."""
+
+    supervised: bool = False
+    generation: int = 0
+    shm_dir: Path | None = None
+    coordinator: str | None = None
+    token: str | None = None
+    job_id: str = "local"
+    plan: dict[str, Any] | None = None
+    run_dir: Path = Path(".")  # ARC_RUN_DIR, for users: where incidents and events are written
+    shm_root: Path = Path("/dev/shm")  # ARC_SHM_ROOT, for users: the memory file system that snapshots live in
+    store: str | None = None  # ARC_STORE, for users: the default of Arc(store=...)
+    log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
+    max_restarts: int = 100  # ARC_MAX_RESTARTS, for users: bound on restarts for infrastructure faults
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @staticmethod
+    def read(environ: Mapping[str, str] | None = None) -> Env:
+        """Reads `environ` (default: the process environment).
+
+        Raises:
+            ConfigError: a variable has a value that cannot be understood; the message names it.
+        """
+        env = os.environ if environ is None else environ
+        job_id = env.get("ARC_JOB_ID") or env.get("TORCHELASTIC_RUN_ID") or "local"
+        run_dir = env.get("ARC_RUN_DIR")
+        plan = env.get("ARC_PLAN")
+        try:
+            parsed_plan = json.loads(plan) if plan else None
+        except ValueError as error:
+            raise ConfigError(f"ARC_PLAN is not JSON: {error}. It is set by the supervisor; unset it.") from error
+        return Env(
+            supervised=env.get("ARC_SUPERVISED") == "1",
+            generation=_integer(env, "ARC_GENERATION", 0),
+            shm_dir=_path(env, "ARC_SHM_DIR"),
+            coordinator=env.get("ARC_COORDINATOR") or None,
+            token=env.get("ARC_TOKEN") or None,
+            job_id=job_id,
+            plan=parsed_plan,
+            run_dir=Path(run_dir) if run_dir else default_run_dir(job_id),
+            shm_root=_path(env, "ARC_SHM_ROOT") or Path("/dev/shm"),
+            store=env.get("ARC_STORE") or None,
+            log_level=env.get("ARC_LOG_LEVEL", "info").lower(),
+            max_restarts=_integer(env, "ARC_MAX_RESTARTS", 100),
+            rank=_integer(env, "RANK", 0),
+            world_size=_integer(env, "WORLD_SIZE", 1),
+            local_rank=_integer(env, "LOCAL_RANK", 0),
+        )
+
+
+def default_run_dir(job_id: str) -> Path:
+    """Where a job's incidents go when nobody said: a private directory per user under the temporary directory."""
+    return Path(tempfile.gettempdir()) / f"arc-dist-{getpass.getuser()}" / job_id
+
+
+def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is not a whole number. Correct or unset it.", variable=name) from None
+    if value < 0:
+        raise ConfigError(f"{name}={text!r} must not be negative. Correct or unset it.", variable=name)
+    return value
+
+
+def _path(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name)
+    return Path(text) if text else None

@@ -1,0 +1,1 @@
+"""Agreeing on a fault and acting on it, the same on every rank."""

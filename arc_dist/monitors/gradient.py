@@ -1,0 +1,59 @@
+"""The gradient monitor: the global L2 norm (ARC paper, section 3.2.1), judged before clipping.
+
+It reads the norm that clipping computes anyway, so a guarded step with clipping costs no extra pass. The paper's fixed
+thresholds (1e3 to 1e5) depend on the model's scale; here an explosion is ``norm > factor x max(median, reference)``
+with the run's own past as the scale. Under DDP the reduced gradient, and so its norm, is the same number on every
+rank: every rank raises the same flag without a message (the *implicit vote*).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from arc_dist.monitors.window import RobustWindow
+from arc_dist.protocol.flags import NO_FLAGS, Flag
+
+# The paper's epsilon_grad. A norm below it is called vanishing only if the run's norms used to be far above it.
+_VANISHING_NORM = 1e-10
+_ONCE_HEALTHY_NORM = 1e-6
+
+
+class GradientMonitor:
+    """Judges the global gradient norm of one optimizer step.
+
+    Args:
+        explosion_factor: multiple of the run's usual norm that counts as an explosion.
+        min_count: accepted values needed before explosion and vanishing are judged.
+    """
+
+    def __init__(self, *, explosion_factor: float = 50.0, min_count: int = 8) -> None:
+        self._factor = explosion_factor
+        self._min_count = min_count
+        self._window = RobustWindow()
+
+    def judge(self, norm: float) -> Flag:
+        """The flags that `norm` raises; changes nothing."""
+        if not math.isfinite(norm):
+            return Flag.GRAD_NONFINITE
+        if self._window.count >= self._min_count:
+            if norm > self.threshold:
+                return Flag.GRAD_EXPLOSION
+            if norm < _VANISHING_NORM and self._window.median > _ONCE_HEALTHY_NORM:
+                return Flag.GRAD_VANISHING
+        return NO_FLAGS
+
+    @property
+    def threshold(self) -> float:
+        """Above this a finite norm counts as an explosion."""
+        return self._factor * max(self._window.median, self._window.reference)
+
+    def accept(self, norm: float) -> None:
+        """Learns from a step whose update was applied."""
+        self._window.add(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._window.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._window.load_state_dict(state)

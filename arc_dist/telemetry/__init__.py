@@ -1,0 +1,1 @@
+"""What happened: incidents, the log, and the report made from them."""
