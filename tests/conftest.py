@@ -1,0 +1,52 @@
+"""Isolation of tests from the machine and from each other; the tools that start ranks are in ranks.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: ranks share few cores, and a fork server's children inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Whoever runs the tests may sit inside a job of their own.
+for _name in list(os.environ):
+    if _name.startswith(("ARC_", "TORCHELASTIC_")) and _name != "ARC_TEST_INSTALLED":
+        del os.environ[_name]
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)
+
+
+def pytest_report_header() -> str:
+    import arc_dist
+
+    return f"arc_dist: {Path(arc_dist.__path__[0]).resolve()}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("ARC_TEST_INSTALLED") != "1":
+        return
+    import arc_dist
+
+    tree = Path(config.rootpath, "arc_dist").resolve()
+    if Path(arc_dist.__path__[0]).resolve() == tree:
+        raise pytest.UsageError(f"the installed package is to be tested, but arc_dist was imported from {tree}")
+
+
+@pytest.fixture(scope="session")
+def shm_root() -> Iterator[Path]:
+    """A directory for snapshots on the memory file system, removed at the end whatever the tests leave in it."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    root = Path(tempfile.mkdtemp(prefix=f"arc-tests-{os.getpid()}-", dir=parent))
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def isolated(shm_root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test writes its incidents and its shared memory to places of its own."""
+    monkeypatch.setenv("ARC_RUN_DIR", str(tmp_path_factory.mktemp("run")))
+    monkeypatch.setenv("ARC_SHM_ROOT", str(shm_root))
