@@ -1,4 +1,4 @@
-"""Real rank processes for tests: `run_ranks` forks them from a server that has imported torch, `run_job` runs a command.
+"""Real processes for tests: `run_ranks` forks ranks from a server that has imported torch, `run_job` runs a command.
 
 A rank started this way costs about 0.05 s instead of the two seconds of a fresh interpreter that imports torch. Every
 rank has its own process group and log file, a hard deadline, and ends with the test: no test can leave a process.
@@ -308,9 +308,8 @@ class JobResult:
     seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"exit code {self.exit_code} after {self.seconds:.1f} s\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
-        )
+        ending = f"exit code {self.exit_code} after {self.seconds:.1f} s"
+        return f"{ending}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
 
 
 class Job:

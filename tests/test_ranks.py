@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from ranks import Job, RanksFailed, rank_outcomes, run_job, run_ranks
 
 
