@@ -18,6 +18,9 @@ for _name in list(os.environ):
         del os.environ[_name]
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
+# With CI=true everything installable is installed, so that only these reasons may skip a test.
+SKIPS_ALLOWED_IN_CI = ("needs a GPU", "needs root")
+_skipped: list[str] = []
 
 
 def pytest_report_header() -> str:
@@ -34,6 +37,33 @@ def pytest_configure(config: pytest.Config) -> None:
     tree = Path(config.rootpath, "arc_dist").resolve()
     if Path(arc_dist.__path__[0]).resolve() == tree:
         raise pytest.UsageError(f"the installed package is to be tested, but arc_dist was imported from {tree}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):  # an expected failure has no reason tuple
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(SKIPS_ALLOWED_IN_CI):
+            _skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") == "true" and _skipped and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("CI") == "true" and _skipped:
+        terminalreporter.section("skipped, which is a failure with CI=true")
+        for line in _skipped:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")
