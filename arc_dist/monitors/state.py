@@ -117,6 +117,19 @@ class StateProbe:
         for part, norm in zip(parts, _norms(parts), strict=True):
             part.exempt = not math.isfinite(norm)
 
+    def nonfinite(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> str | None:
+        """The name of the first of `tensors` (a snapshot's) that is not finite and not exempt, or None."""
+        exempt = {part.name.split("[")[0] for group in self._groups for part in group if part.exempt}
+        for (name, _), norm in zip(tensors, _norms_of([tensor for _, tensor in tensors]), strict=True):
+            if not math.isfinite(norm) and name not in exempt:
+                return name
+        return None
+
+    def forget(self) -> None:
+        """The tensors under watch were replaced on purpose; the next `watch` finds no state missing."""
+        self._source = None
+        self._num_optimizer_tensors = 0
+
     def _judge(self, parts: list[_Slice]) -> Flag:
         found = NO_FLAGS
         self.findings = []
@@ -151,9 +164,6 @@ class StateProbe:
         for part in (part for group in self._groups for part in group):
             part.norm = norms.get(part.name)
             part.exempt = part.name in exempt
-        # The restored state may rightly have fewer optimizer tensors (before the first update there are none).
-        self._num_optimizer_tensors = 0
-        self._source = None
 
 
 def _judge_change(part: _Slice, norm: float) -> Flag:
@@ -170,10 +180,14 @@ def _judge_change(part: _Slice, norm: float) -> Flag:
 
 
 def _norms(parts: Sequence[_Slice]) -> list[float]:
-    """L2 norms of all slices, with one transfer to the host per device."""
-    if not parts:
+    return _norms_of([part.view for part in parts])
+
+
+def _norms_of(views: list[torch.Tensor]) -> list[float]:
+    """L2 norms of all tensors, with one transfer to the host where they share a device and dtype."""
+    if not views:
         return []
-    norms = torch._foreach_norm([part.view for part in parts])
+    norms = torch._foreach_norm(views)
     if all(norm.device == norms[0].device and norm.dtype == norms[0].dtype for norm in norms):
         return torch.stack(norms).tolist()
     return [float(norm) for norm in norms]

@@ -1,0 +1,214 @@
+"""`Arc`: what users hold. It takes plain torch objects and neither wraps nor subclasses them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from arc_dist.config import Env
+from arc_dist.data.source import BatchSource
+from arc_dist.engine import Engine, Resumed
+from arc_dist.errors import ConfigError
+from arc_dist.hooks import StepHooks
+from arc_dist.loop import GuardedLoop, LossFunction, StepResult, check_loss
+from arc_dist.protocol.healing import Rung
+from arc_dist.settings import Settings
+from arc_dist.snapshot.state import TrainingState
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Action:
+    """What `Arc.step` did about a loss; equal on all ranks.
+
+    Attributes:
+        kind: "apply" (go on), "skip" (drop this loss), "rollback" (an older state was restored), "resume" (a state
+            was restored from memory or the store at the start).
+        step: updates applied so far.
+        reason: why, for the log.
+    """
+
+    kind: str
+    step: int
+    reason: str = ""
+
+    @property
+    def rolled_back(self) -> bool:
+        """True when this loss must not be used: no backward, no optimizer step."""
+        return self.kind != "apply"
+
+
+class Arc:
+    """Keeps a training loop alive: monitors, votes, heals, snapshots, checkpoints.
+
+    Args:
+        model: a module (plain, DDP or FSDP2), or several by name: ``{"generator": g, "critic": c}``.
+        optimizer: an optimizer, a sequence, or several by name. Their parameters must be the models'.
+        scheduler: a learning-rate scheduler or several; `train` steps them.
+        scaler: a ``torch.amp.GradScaler``, when fp16 is used.
+        store: URL of a directory for checkpoints, local or fsspec (``s3://...``); default ``ARC_STORE``; None keeps
+            none.
+        run: name of the run inside the store.
+        extras: further objects with ``state_dict``/``load_state_dict`` that are restored together with the rest.
+        **settings: see `arc_dist.settings.Settings`.
+
+    Raises:
+        ConfigError: an argument is wrong; the message says which and what to do.
+
+    Constructing it does no I/O and does not communicate; `train`, `step` or `start` do, on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer],
+        *,
+        scheduler: Any = None,
+        scaler: Any = None,
+        store: str | None = None,
+        run: str = "run",
+        extras: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        known = {field.name for field in dataclasses.fields(Settings)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"Arc() has no setting {', '.join(unknown)}. Known settings: {', '.join(sorted(known))}.")
+        env = Env.read()
+        self._state = TrainingState(
+            models=_by_name(model),
+            optimizers=_by_name(optimizer),
+            schedulers=_listed(scheduler),
+            scaler=scaler,
+            extras=dict(extras or {}),
+        )
+        self._engine = Engine(
+            self._state, Settings(**settings), store=str(store) if store is not None else env.store, run=run, env=env
+        )
+        self._hooks: StepHooks | None = None
+        self._training = False
+
+    # ------------------------------------------------------------------ the full loop
+
+    def train(
+        self, loss_fn: LossFunction, loader: Iterable[Any], *, steps: int | None = None, epochs: int | None = None
+    ) -> Iterator[StepResult]:
+        """Trains, yielding one result per committed step. Every rank must iterate in step.
+
+        Forward, backward, clipping, the vote, the update, schedulers, snapshots and checkpoints are done inside. It
+        continues after the newest state found in memory or in the store, at the exact sample.
+
+        Args:
+            loss_fn: called with each batch as the loader yields it; returns a scalar loss.
+            loader: any DataLoader or iterable; docs/data.md says what it must offer for exact resumption.
+            steps: updates in the whole run, over as many epochs as needed.
+            epochs: passes over the data in the whole run; one when neither is given.
+
+        Raises:
+            TrainingStopped: healing ran out of budget.
+            Preempted: SIGTERM came; the state was saved.
+            DataNotReproducible: the data cannot be resumed exactly.
+        """
+        if not callable(loss_fn):
+            raise ConfigError(f"loss_fn must be callable with a batch, got {type(loss_fn).__name__}.")
+        if self._training or self._hooks is not None:
+            raise ConfigError("this Arc is in use already: call train() once, or step(), not both. Make a new Arc.")
+        self._training = True
+        engine = self._engine
+        try:
+            engine.start(norm_is_global=self._clipped_everywhere())
+            source = engine.open_data(loader, steps=steps, epochs=epochs)
+            loop = GuardedLoop(engine, loss_fn, source, steps)
+            engine.resume(data=source, warm_up=loop.warm_up)
+            engine.catch_sigterm()
+            yield from loop.run()
+        finally:
+            engine.close()
+            self._training = False
+
+    def _clipped_everywhere(self) -> bool:
+        settings = self._engine.settings
+        return settings.max_grad_norm is not None and self._state.scaler is None
+
+    # ------------------------------------------------------------------ the three lines
+
+    def step(self, loss: torch.Tensor) -> Action:
+        """Judges `loss` together with all ranks, before backward. Every rank must call this; it waits for the vote.
+
+        Use: ``action = arc.step(loss)``, then ``if not action.rolled_back: loss.backward(); optimizer.step()``. The
+        gradient is judged when the optimizer steps: a bad one makes that step do nothing, on every rank. The data is
+        the script's own: after a rollback it goes on with the next batch.
+        """
+        if self._training:
+            raise ConfigError("step() belongs to a loop of your own; inside train() everything is done already.")
+        check_loss(loss)
+        if self._hooks is None:
+            resumed = self.start()
+            if resumed is not None:
+                return Action("resume", resumed.step, f"restored step {resumed.step} from {resumed.tier}")
+        assert self._hooks is not None
+        decision = self._hooks.judge_loss(loss.item())
+        step = self._engine.guard.step
+        if decision is None or decision.rung is Rung.APPLY:
+            return Action("apply", step)
+        return Action(decision.rung.value, step, decision.reason)
+
+    def start(self) -> Resumed | None:
+        """Starts the three-line form before the first loss, and restores what there is to restore.
+
+        Optional: the first `step` does it, and then returns the action "resume" for the loss of the stale weights.
+        Every rank must call this; it blocks. Returns None when training starts afresh.
+        """
+        engine = self._engine
+        engine.start(norm_is_global=False)
+        resumed = engine.resume()
+        self._hooks = StepHooks(engine)
+        return resumed
+
+    @property
+    def steps_done(self) -> int:
+        """Updates applied in the whole run, including those before a restart."""
+        return self._engine.guard.step if self._engine.started else 0
+
+    def close(self) -> None:
+        """Writes a last checkpoint when there is a store, and gives memory and threads back. The full loop does this
+        by itself. Every rank must call this; it blocks."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+            if self._engine.store is not None and self._engine.guard.seal() is None:
+                self._engine.save_now(self._engine.guard.step)
+            self._engine.close()
+
+    def __enter__(self) -> Arc:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(ConfigError):
+                self._engine.close()
+
+
+def _by_name(items: Any) -> dict[str, Any]:
+    """One object, a sequence or a mapping as a mapping; the single object's name is empty."""
+    if isinstance(items, Mapping):
+        return {str(name): item for name, item in items.items()}
+    if isinstance(items, (list, tuple)):
+        return {str(i): item for i, item in enumerate(items)} if len(items) != 1 else {"": items[0]}
+    return {"": items}
+
+
+def _listed(items: Any) -> list[Any]:
+    if items is None:
+        return []
+    if isinstance(items, Mapping):
+        return list(items.values())
+    return list(items) if isinstance(items, (list, tuple)) else [items]
+
+

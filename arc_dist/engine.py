@@ -1,0 +1,357 @@
+"""Everything an `Arc` needs on one rank, put together: guard, snapshots, store, coordinator, supervisor.
+
+Starting it communicates, so every rank must start it at the same point; constructing it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Sized
+from types import FrameType
+from typing import Any
+
+import torch
+
+from arc_dist import restore
+from arc_dist.checkpoint_store.store import Store
+from arc_dist.checkpointer import Checkpointer
+from arc_dist.config import Env
+from arc_dist.coordinator.embedded import connect
+from arc_dist.data.source import BatchSource
+from arc_dist.errors import ConfigError
+from arc_dist.guard import Guard
+from arc_dist.healing.vote import Voter, require_equal_settings
+from arc_dist.parallel import Parallelism, ddp_modules, parallelism
+from arc_dist.protocol.flags import Flag
+from arc_dist.settings import Settings
+from arc_dist.snapshot.layout import Phase, StatusPage
+from arc_dist.snapshot.record import StepRecord
+from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.snapshot.rng import capture_rng
+from arc_dist.snapshot.state import TrainingState
+from arc_dist.telemetry.log import logger, set_up_logging
+from arc_dist.telemetry.recorder import Recorder, append_line
+
+_PROGRESS_EVERY_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """Where training went on.
+
+    Attributes:
+        step: updates that the restored state contains.
+        tier: "memory" or "checkpoint".
+    """
+
+    step: int
+    tier: str
+
+
+class Engine:
+    """One rank's protection.
+
+    Args:
+        state: everything that is restored together.
+        settings: see `Settings`.
+        store: URL of the checkpoint store, or None.
+        run: name of the run inside the store.
+    """
+
+    def __init__(self, state: TrainingState, settings: Settings, *, store: str | None, run: str, env: Env) -> None:
+        self.state = state
+        self.settings = settings
+        self.env = env
+        self.updating = False
+        self.resumed: Resumed | None = None
+        self._store_url = store
+        self._run = run
+        self._checkpointer: Checkpointer | None = None
+        self._recorder: Recorder | None = None
+        self._record: StepRecord | None = None
+        self._status: StatusPage | None = None
+        self._closers: list[Callable[[], None]] = []
+        self._last_progress = 0.0
+        self._first_step_reported = False
+        self._old_handler: Any = None
+        self._step_times: list[float] = []
+        self._last_step_at = 0.0
+        self.must_agree_on_data = False
+        self.started = False
+        self._rng: Any = None
+
+    # ------------------------------------------------------------------ starting
+
+    def start(self, *, norm_is_global: bool, restore_rates: bool = True) -> None:
+        """Sets everything up. Every rank must call this; it blocks."""
+        settings, env = self.settings, self.env
+        self.voter = Voter(timeout_s=settings.vote_timeout_s)
+        self.rank, self.world_size = self.voter.rank, self.voter.world_size
+        set_up_logging(level=env.log_level, rank=self.rank, world_size=self.world_size)
+        self.parallelism = parallelism(self.state.models.values(), self.world_size)
+        comparable = {**settings.comparable(), "store": self._store_url, "run": self._run}
+        require_equal_settings(self.voter, {**comparable, "model": self.state.signature()})
+        self._start_coordinator()
+        store = self._open_store()
+        slots = settings.snapshots + (store is not None)
+        self.ring = SnapshotRing(env.shm_dir, slots=slots, root=env.shm_root)
+        self._closers.append(self.ring.close)
+        if store is not None:
+            self._checkpointer = Checkpointer(
+                store=store,
+                ring=self.ring,
+                coordinator=self.coordinator,
+                rank=self.rank,
+                world_size=self.world_size,
+                generation=env.generation,
+                record=self.record,
+            )
+        self.store = store
+        if env.shm_dir is not None:
+            self._status = StatusPage.open(env.shm_dir)
+            self._status.write(phase=Phase.STARTING, step=0, generation=env.generation)
+            if self.parallelism is Parallelism.REPLICATED:
+                self._record = StepRecord(env.shm_dir)
+        self.guard = Guard(
+            state=self.state,
+            settings=settings,
+            voter=self.voter,
+            ring=self.ring,
+            replicated=self.parallelism is Parallelism.REPLICATED,
+            norm_is_global=norm_is_global or self.parallelism is Parallelism.REPLICATED,
+            generation=env.generation,
+            record=self.record,
+            on_certified=self._checkpointer.submit if self._checkpointer is not None else None,
+            restore_rates=restore_rates,
+        )
+        self.started = True
+
+    def _start_coordinator(self) -> None:
+        self.coordinator, close = connect(self.env, self.voter.gather, self.rank, self.world_size)
+        self._closers.append(close)
+        if self.rank == 0:
+            self._recorder = Recorder(self._send)
+
+    def _send(self, line: dict[str, Any]) -> None:
+        if self.env.supervised:
+            self.coordinator.incident(**line)
+        else:
+            append_line(self.env.run_dir, line)
+
+    def _open_store(self) -> Store | None:
+        """Opens the store on every rank; when one cannot write there, all stop with that rank's reason."""
+        if self._store_url is None:
+            return None
+        store = Store(self._store_url, run=self._run)
+        restore.agree(self.voter, store.check_writable, "the store cannot be used")
+        return store
+
+    def resume(
+        self, *, data: BatchSource | None = None, warm_up: Callable[[], None] | None = None
+    ) -> Resumed | None:
+        """Restores the newest state that all ranks can have. Every rank must call this; it blocks.
+
+        Args:
+            data: positioned at the exact sample too.
+            warm_up: one throw-away forward and backward, see `_needs_warm_up`.
+        """
+        self.guard.data = data
+        found = restore.find(self)
+        if found is not None:
+            if data is not None and found.small["data"] is not None:
+                restore.agree(self.voter, lambda: data.resume(found.small["data"]), "the data cannot be resumed")
+                if warm_up is not None and self._needs_warm_up(found.step):
+                    warm_up()
+                    data.rewind(found.small["data"])
+            self.guard.load(found.specs, found.tensors, found.small, cold=True)
+            if found.tier == "memory":
+                self.ring.drop_after(found.step)
+            self.resumed = Resumed(found.step, found.tier)
+            logger.info("continuing after step %d, restored from %s", found.step, found.tier)
+        self.guard.watch_first()
+        if self._recorder is not None:
+            self._recorder.record(kind="started", step=self.guard.step, generation=self.env.generation)
+        if self._status is not None:
+            self._status.write(phase=Phase.STEPPING, step=self.guard.step, generation=self.env.generation)
+        return self.resumed
+
+    def _needs_warm_up(self, step: int) -> bool:
+        """DDP sums gradients bucket by bucket, and rebuilds its buckets after the first backward.
+
+        A fresh process that goes on from step > 0 would sum its first step in the order of the first buckets, the
+        undisturbed run in that of the rebuilt ones: not the same bits with three ranks or more. One throw-away forward
+        and backward before the restore makes the order right.
+        """
+        wrappers = [module for model in self.state.models.values() for module in ddp_modules(model)]
+        rebuilds = any(not module.find_unused_parameters for module in wrappers)
+        return rebuilds and self.world_size > 2 and step > 0
+
+    def open_data(self, loader: Iterable[Any], *, steps: int | None, epochs: int | None) -> BatchSource:
+        """Makes the batch source, and refuses loaders that would leave ranks waiting for each other."""
+        accumulate = self.settings.accumulate
+        length = len(loader) if isinstance(loader, Sized) else None
+        lengths = self.voter.gather(length, step=0)
+        if len(set(lengths)) > 1:
+            raise ConfigError(
+                "the loader has different lengths on different ranks: "
+                + ", ".join(f"rank {rank} has {theirs} batches" for rank, theirs in enumerate(lengths))
+                + ". Give all ranks the same number, for instance with arc_dist.SeededSampler or DistributedSampler."
+            )
+        # Without a length nobody knows when a rank runs dry, so the ranks ask each other before every step.
+        self.must_agree_on_data = self.world_size > 1 and length is None
+        return BatchSource(
+            loader,
+            epochs=epochs,
+            steps=None if steps is None else steps * accumulate,
+        )
+
+    def trained_parameters(self) -> list[torch.Tensor]:
+        """All parameters of all optimizers, each once, in order."""
+        seen: dict[int, torch.Tensor] = {}
+        for optimizer in self.state.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    seen.setdefault(id(parameter), parameter)
+        return list(seen.values())
+
+    # ------------------------------------------------------------------ while training
+
+    def remember_step(self) -> None:
+        """Before the vote: leaves in shared memory what only this rank knows of the state it is about to reach.
+
+        A survivor that completes the vote may commit this step although this process is killed before it does; its
+        successor takes the replicated tensors from the survivor and the rest from here.
+        """
+        if self._record is not None:
+            self._rng = capture_rng()
+            self._record.write(self.guard.step + 1, self._rng)
+
+    def check_boundary(self) -> None:
+        """Between two steps: finds out whether the script draws random numbers there.
+
+        If it does, the record made before the vote does not tell the state of the generators at the boundary, and
+        survivors cannot stand in exactly for a rank that died; recovery then goes back to the last snapshot.
+        """
+        if self._record is not None and self._rng is not None and capture_rng() != self._rng:
+            self._record = None
+            logger.info("the loop's body draws random numbers: a lost rank will cost the steps since the last snapshot")
+
+    def progressed(self) -> None:
+        """A step was committed."""
+        now = time.monotonic()
+        step = self.guard.step
+        if self._status is not None:
+            self._status.write(phase=Phase.STEPPING, step=step, generation=self.env.generation)
+        if self._recorder is None:
+            return
+        if self._last_step_at and len(self._step_times) < 1000:
+            self._step_times.append(now - self._last_step_at)
+        self._last_step_at = now
+        if self.resumed is not None and not self._first_step_reported:
+            self._first_step_reported = True
+            self._recorder.record(
+                kind="resumed",
+                generation=self.env.generation,
+                step=step,
+                restored_step=self.resumed.step,
+                tier=self.resumed.tier,
+            )
+        if now - self._last_progress > _PROGRESS_EVERY_S:
+            self._last_progress = now
+            self._report_progress("progress")
+
+    def _report_progress(self, kind: str) -> None:
+        assert self._recorder is not None
+        times = sorted(self._step_times)
+        self._recorder.record(
+            kind=kind,
+            step=self.guard.furthest,
+            generation=self.env.generation,
+            median_step_s=times[len(times) // 2] if times else None,
+        )
+
+    def record(self, **fields: Any) -> None:
+        """Hands an incident to the recorder; on ranks without one, straight to the coordinator's own rank 0 path."""
+        if self._recorder is not None:
+            self._recorder.record(**fields)
+
+    def mean_over_ranks(self, value: float) -> float:
+        """The mean of `value` over all ranks. Every rank must call this; it blocks."""
+        values = self.voter.gather(value, self.guard.step)
+        return sum(values) / len(values)
+
+    def save_now(self, step: int) -> bool:
+        """Writes the certified snapshot of `step` and waits for its commit. False without a store."""
+        writer = self._checkpointer
+        if writer is None:
+            return False
+        writer.wait()
+        if step not in writer.committed:
+            slot = self.guard.slot_of(step)
+            assert slot is not None, f"step {step} was sealed but is not held"
+            writer.submit(step, slot)
+            writer.wait()
+        return step in writer.committed
+
+    def part(self, error: BaseException) -> None:
+        """After an error in a step: a surviving DDP replica leaves the last committed state for all to restore.
+
+        Only where this rank's state is whole (no update had begun), equal on all ranks (DDP), and finite.
+        """
+        if self._record is None or self._status is None or self.updating:
+            return
+        generation, guard = self.env.generation, self.guard
+        self._status.write(phase=Phase.PARTING, step=guard.step, generation=generation)
+        recorded = self._record.read(guard.step)
+        if recorded is not None and guard.slot_of(guard.step) is None:
+            small = guard.small()
+            small["training"]["rng"] = recorded.rng
+            small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
+            specs, tensors = self.state.tensors()
+            if guard.is_finite() and small["data"] is not None:
+                self.ring.capture(guard.step, generation, specs, tensors, small, parting=True)
+        logger.debug("left the state of step %d behind after: %s", guard.step, error)
+        self._status.write(phase=Phase.PARTED, step=guard.step, generation=generation)
+
+    # ------------------------------------------------------------------ leaving
+
+    def catch_sigterm(self) -> None:
+        """SIGTERM becomes a request that all ranks agree on within a step; a handler of the script's is left alone."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return
+        owner = os.getpid()
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if os.getpid() == owner:
+                self.guard.request(Flag.PREEMPT)
+            else:
+                # A forked data worker inherited this handler. The launcher signals the whole process group, but the
+                # trainer still needs its batches to finish the step; it ends its workers itself, or the alarm does.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, 20.0)
+
+        self._old_handler = signal.signal(signal.SIGTERM, handle)
+
+    def close(self) -> None:
+        """Ends threads and gives memory back; does not communicate."""
+        if not self.started:
+            return
+        self.started = False
+        if self._old_handler is not None:
+            signal.signal(signal.SIGTERM, self._old_handler)
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+        if self._recorder is not None:
+            self._report_progress("finished")
+            self._recorder.close()
+        if self._status is not None:
+            self._status.write(phase=Phase.DONE, step=self.guard.step, generation=self.env.generation)
+        for close in reversed(self._closers):
+            close()
+        self.voter.close()

@@ -1,0 +1,584 @@
+"""The guard of one rank: judges each step, votes, and acts on what all ranks decided.
+
+The three forms of use (the full loop, the three lines, the hooks of an unmodified script) differ in what they own; this
+class is what they share. A step goes through it like this::
+
+    boundary()         between two updates: snapshots are taken, certified, handed to the writer
+    begin_vote()       the local flags are sent, without waiting
+    conclude()         before the update: the vote and the gradient norm make the verdict
+    committed()        the update was applied
+    act()              or: a decision other than "apply" is carried out, on every rank alike
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from arc_dist.errors import TrainingStopped
+from arc_dist.healing.rate import RateScale
+from arc_dist.healing.vote import Voter
+from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
+from arc_dist.monitors.state import Probed
+from arc_dist.protocol.flags import FAULTS, NO_FLAGS, REQUESTS, Flag, names
+from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
+from arc_dist.settings import Settings
+from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.snapshot.state import TrainingState
+from arc_dist.telemetry.log import logger
+
+_FAULTS = int(FAULTS)
+_REQUESTS = int(REQUESTS)
+
+
+class DataPort(Protocol):
+    """What healing asks of the data: to go back, and to leave batches out."""
+
+    def position(self) -> dict[str, Any]: ...
+    def rewind(self, position: Mapping[str, Any]) -> None: ...
+    def skip(self, ordinal: int) -> None: ...
+
+
+@dataclasses.dataclass
+class Attempt:
+    """What this rank knows about the step being attempted, for the incident if there is one."""
+
+    ordinals: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    norm: float | None = None
+    optimizer: int = 0
+    flags: int = 0
+
+
+class Guard:
+    """Judges and heals one rank's training, in agreement with all others.
+
+    Args:
+        state: everything that is restored together.
+        settings: thresholds and budgets.
+        voter: the exchange with the other ranks.
+        ring: where snapshots are kept.
+        replicated: the gradient is the same on all ranks after the reduction (DDP), so its norm is an implicit vote.
+        norm_is_global: the norm given to `conclude` is the same number on every rank (DDP, or FSDP with clipping).
+        record: called with each incident, on rank 0.
+        on_certified: called with (step, slot) when a snapshot that shall become a checkpoint is trusted.
+        restore_rates: False leaves rates, schedulers and RNG alone in a rollback, for scripts that own them.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: TrainingState,
+        settings: Settings,
+        voter: Voter,
+        ring: SnapshotRing,
+        replicated: bool,
+        norm_is_global: bool,
+        generation: int = 0,
+        record: Callable[..., None] | None = None,
+        on_certified: Callable[[int, int], None] | None = None,
+        restore_rates: bool = True,
+    ) -> None:
+        self.state = state
+        self.settings = settings
+        self.voter = voter
+        self.ring = ring
+        self.replicated = replicated
+        self.data: DataPort | None = None
+        self.step = 0  # updates applied
+        self.furthest = 0  # the highest step ever applied; lower ones are repetitions after a rollback
+        self.history = History()
+        self.rate = RateScale()
+        self.agreed = 0  # requests that all ranks know of
+        self._asked = 0  # requests of this rank; they stay up, so a signal in mid-step is not lost
+        self.last_decision: Decision | None = None
+        self.attempt = Attempt()
+        self._votes_early = norm_is_global or voter.world_size == 1
+        self._generation = generation
+        self._record = record
+        self._on_certified = on_certified
+        self._restore_rates = restore_rates
+        self._heeded = int(settings.heeded)
+        self.loss_monitor = LossMonitor(explosion_sigmas=settings.loss_explosion_sigmas)
+        self.reduced_loss_monitor = LossMonitor(
+            explosion_sigmas=settings.loss_explosion_sigmas, explosion_flag=Flag.REDUCED_LOSS_EXPLOSION
+        )
+        # One per optimizer for the forms in which each is judged on its own; the full loop uses the first for all.
+        self.gradient_monitors = [
+            GradientMonitor(explosion_factor=settings.grad_explosion_factor) for _ in state.optimizers
+        ]
+        self.rate_monitor = LearningRateMonitor(state.optimizers)
+        self.probe = StateProbe()
+        self._carried = 0  # flags found outside a ballot, handed in with the next
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._mean_pending = False
+        self._watched: object = None
+        self.details: list[dict[str, Any]] = []
+        self.cadence = SnapshotCadence(settings)
+        self._uncertified: list[int] = []  # steps of snapshots that still have to prove themselves
+        self._to_write: set[int] = set()
+
+    # ------------------------------------------------------------------ one step
+
+    def begin_vote(self, losses: Sequence[float], ordinals: Sequence[int]) -> None:
+        """Judges what this rank alone can see and sends its ballot. Does not block.
+
+        Args:
+            losses: this rank's loss of each micro-batch.
+            ordinals: which batches they were.
+        """
+        flags = self._carried
+        self._carried = 0
+        for loss in losses:
+            found = self.loss_monitor.judge(loss)
+            if found:
+                flags |= found.value
+        found = self.rate_monitor.judge()
+        if found:
+            flags |= found.value
+        flags |= self._probe()
+        attempt = self.attempt
+        attempt.losses, attempt.ordinals, attempt.norm = tuple(losses), tuple(ordinals), None
+        attempt.flags = (flags & self._heeded) | self._asked
+        if self._votes_early:
+            self.voter.begin(attempt.flags)
+            self._begin_mean()
+
+    def request(self, flag: Flag) -> None:
+        """Asks all ranks for something with the next ballot."""
+        self._asked |= flag.value
+
+    def conclude(self, norm: float | None) -> Decision | None:
+        """Waits for the vote and judges the step, before its update is applied. Blocks; every rank must call it.
+
+        Args:
+            norm: L2 norm of the gradient before clipping, or None when there is none.
+
+        Returns:
+            None when the update may be applied, else what all ranks decided.
+        """
+        attempt = self.attempt
+        attempt.norm = norm
+        step = self.step + 1
+        seen = self._judge_norm(norm, 0)
+        if not self._votes_early:
+            attempt.flags |= seen
+            self.voter.begin(attempt.flags)
+            self._begin_mean()
+        merged = self.voter.result(step) | seen
+        if self._mean_pending:
+            merged |= self._judge_mean(step)
+        self.agreed = merged & _REQUESTS
+        if merged & _FAULTS:
+            return self._decide(Flag(merged & _FAULTS), step)
+        history = self.history
+        if history.mode is not Mode.TRAINING or history.skips_in_a_row or history.lr_scale != 1.0:
+            self.history, decision = healthy(self.settings.policy, history, step)
+            self.rate.factor = decision.lr_scale
+        return None
+
+    def conclude_gradient(self, norm: float, optimizer: int) -> Decision | None:
+        """Judges the gradient of one optimizer by itself, in loops that are not ours. Every rank must call it.
+
+        Under DDP the norm is an implicit vote and nothing is sent; otherwise it blocks for a vote.
+        """
+        attempt = self.attempt
+        attempt.norm = norm
+        attempt.optimizer = optimizer
+        step = self.step + 1
+        seen = self._judge_norm(norm, optimizer)
+        if not attempt.losses:
+            seen |= self._probe() & self._heeded  # no loss was voted on, so this is the step's only ballot
+        local = bool(not attempt.losses) or not self.replicated
+        attempt.flags = seen
+        if local and self.voter.world_size > 1:
+            self.voter.begin(seen)
+            seen = self.voter.result(step)
+        return self._decide(Flag(seen & _FAULTS), step) if seen & _FAULTS else None
+
+    def _judge_norm(self, norm: float | None, optimizer: int) -> int:
+        if norm is None:
+            return 0
+        found = self.gradient_monitors[optimizer].judge(norm)
+        return found.value & self._heeded if found else 0
+
+    def committed(self) -> None:
+        """The update that `conclude` allowed has been applied."""
+        self.step += 1
+        if self.step > self.furthest:
+            self.furthest = self.step
+        attempt = self.attempt
+        if attempt.losses:
+            loss = sum(attempt.losses) / len(attempt.losses)
+            self.loss_monitor.accept(loss)
+            self._loss_sum += loss
+            self._loss_count += 1
+        if attempt.norm is not None:
+            self.gradient_monitors[attempt.optimizer].accept(attempt.norm)
+        self.rate_monitor.accept()
+
+    # ------------------------------------------------------------------ between steps
+
+    def boundary(self) -> None:
+        """Certifies and takes snapshots. Call between two updates, on every rank; communicates only while the
+        snapshot cadence is being measured."""
+        step = self.step
+        if self._uncertified and step - self._uncertified[0] >= self.settings.certify_after:
+            self._certify(self._uncertified.pop(0))
+        every = self.settings.checkpoint_every
+        wanted = self._on_certified is not None and every is not None and step > 0 and step % every == 0
+        if wanted:
+            self._to_write.add(step)
+        if (wanted or self.cadence.due(step)) and step != self.cadence.last:
+            self.capture()
+        self.cadence.settle(step, self.voter)
+
+    def capture(self) -> None:
+        """Takes a snapshot of the present state."""
+        began = time.perf_counter()
+        specs, tensors = self.state.tensors()
+        small = self.small()
+        slot = self.ring.capture(self.step, self._generation, specs, tensors, small)
+        if slot is None:
+            logger.warning("no snapshot slot is free at step %d; protection is older than usual", self.step)
+            return
+        if self.step not in self._uncertified:
+            self._uncertified.append(self.step)
+        self.cadence.captured(self.step, time.perf_counter() - began)
+
+    def small(self) -> dict[str, Any]:
+        """Everything a snapshot holds beside tensors."""
+        return {
+            "training": self.state.small(),
+            "guard": self.state_dict(),
+            "data": self.data.position() if self.data is not None else None,
+        }
+
+    def _certify(self, step: int) -> None:
+        """A snapshot is trusted once later steps were healthy and each of its numbers is finite."""
+        slot = self.slot_of(step)
+        if slot is None:
+            return
+        specs, tensors = self.ring.tensors(slot)
+        judged = [
+            (spec.name, tensor)
+            for spec, tensor in zip(specs, tensors, strict=True)
+            if tensor.is_floating_point() and tensor.numel() and self.state.is_judged(spec.name)
+        ]
+        bad = self.probe.nonfinite(judged)
+        if bad:
+            self.ring.drop(slot)
+            self._carried |= (Flag.OPTIMIZER_NONFINITE if bad.startswith("optimizer.") else Flag.WEIGHT_NONFINITE).value
+            logger.warning("the snapshot of step %d holds a value that is not finite in %s", step, bad)
+            return
+        self.ring.certify(step)
+        if step in self._to_write and self._on_certified is not None:
+            self._to_write.discard(step)
+            self._on_certified(step, slot)
+
+    def seal(self) -> Decision | None:
+        """Makes the present state trusted at once, by looking at all of it: at the end, or before leaving.
+
+        Every rank must call this; it blocks. Returns None when the state is sound on every rank, else the decision.
+        """
+        self._watch()
+        flags = (self.probe.scan().value | self._carried) & self._heeded & _FAULTS
+        self._carried = 0
+        self.attempt = Attempt(flags=flags)
+        self.voter.begin(flags)
+        merged = self.voter.result(self.step)
+        if merged & _FAULTS:
+            return self._decide(Flag(merged & _FAULTS), self.step)
+        if self.slot_of(self.step) is None:
+            self.capture()
+        self._uncertified = [step for step in self._uncertified if step != self.step]
+        self.ring.certify(self.step)
+        return None
+
+    def slot_of(self, step: int) -> int | None:
+        """The slot that holds `step`, or None."""
+        return next((info.slot for info in self.ring.held() if info.step == step), None)
+
+    # ------------------------------------------------------------------ faults
+
+    def act(self, decision: Decision) -> None:
+        """Carries a decision out; the same on every rank.
+
+        Raises:
+            TrainingStopped: the ladder has no rung left.
+        """
+        for optimizer in self.state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        began = time.perf_counter()
+        failed_step = self.step if decision.rung is Rung.APPLY else self.step + 1
+        if self.data is not None and decision.drop_batch:
+            for ordinal in self.attempt.ordinals:
+                self.data.skip(ordinal)
+        if decision.rung is Rung.ROLLBACK:
+            assert decision.restore_step is not None
+            self.restore_memory(decision.restore_step)
+        self.rate.factor = decision.lr_scale
+        self.last_decision = decision
+        self._report(decision, failed_step, time.perf_counter() - began)
+        if decision.rung is Rung.STOP:
+            raise TrainingStopped(
+                f"training stopped at step {failed_step}: {decision.reason}. The newest certified state is step "
+                f"{max(self.certified_steps(), default=None)}. Look at the batches and ranks named in the report.",
+                step=failed_step,
+            )
+
+    def restore_memory(self, step: int) -> None:
+        """Restores the snapshot of `step` in place, bit for bit, with everything that belongs to it."""
+        slot = self.slot_of(step)
+        assert slot is not None, f"step {step} was agreed on but is not held"
+        specs, tensors, small = self.ring.restore(slot)
+        self.load(specs, tensors, small, cold=False)
+        self.ring.drop_after(step)
+
+    def load(self, specs: Sequence[Any], tensors: Sequence[torch.Tensor], small: dict[str, Any], *, cold: bool) -> None:
+        """Loads a snapshot or checkpoint.
+
+        Args:
+            cold: True in a new process, where the ladder's history comes from the snapshot too and the data source
+                is positioned by the caller.
+        """
+        self.state.restore(specs, tensors, small["training"] if self._restore_rates else None)
+        self.load_state_dict(small["guard"], with_history=cold)
+        if self.data is not None and small["data"] is not None and not cold:
+            self.data.rewind(small["data"])
+
+    def certified_steps(self) -> list[int]:
+        """Steps this rank holds a certified snapshot of, newest first."""
+        return sorted((info.step for info in self.ring.held() if info.certified), reverse=True)
+
+    def _decide(self, faults: Flag, step: int) -> Decision:
+        """The slow path: details of all ranks, then the pure decision. Every rank gets here together."""
+        self._watch()
+        local = [dataclasses.asdict(finding) for finding in self.probe.findings]
+        corrupt = self.probe.scan()
+        local += [dataclasses.asdict(finding) for finding in self.probe.findings]
+        attempt = self.attempt
+        mine = {
+            "rank": self.voter.rank,
+            "flags": names(Flag(attempt.flags & _FAULTS)),
+            "losses": attempt.losses,
+            "grad_norm": attempt.norm,
+            "batches": attempt.ordinals,
+            "tensors": [{**finding, "flag": names(finding["flag"])} for finding in local][:8],
+            "learning_rate": self.rate_monitor.offender if faults & Flag.LEARNING_RATE else None,
+            "corrupt": bool(corrupt),
+            "certified": self.certified_steps(),
+            "weights": self._weights_digest() if self.replicated else None,
+        }
+        self.details = self.voter.gather(mine, step)
+        certified = set(self.details[0]["certified"]).intersection(*(theirs["certified"] for theirs in self.details))
+        evidence = Evidence(
+            step=step,
+            flags=faults,
+            state_corrupt=any(theirs["corrupt"] for theirs in self.details)
+            or len({theirs["weights"] for theirs in self.details}) > 1,
+            certified=tuple(sorted(certified, reverse=True)),
+        )
+        self.history, decision = decide(self.settings.policy, self.history, evidence)
+        return decision
+
+    def _report(self, decision: Decision, failed_step: int, seconds: float) -> None:
+        blamed = [theirs for theirs in self.details if theirs["flags"] or theirs["corrupt"]] or self.details
+        causes = sorted({flag for theirs in self.details for flag in theirs["flags"]})
+        if not causes:
+            causes = [decision.reason.split(":")[0]]
+        tensors = sorted({finding["name"] for theirs in blamed for finding in theirs["tensors"]})
+        where = f" in {', '.join(tensors)}" if tensors else ""
+        logger.warning(
+            "step %d: %s on rank %s%s -> %s (%s)",
+            failed_step,
+            ", ".join(causes),
+            ",".join(str(theirs["rank"]) for theirs in blamed),
+            where,
+            decision.rung.value.upper(),
+            decision.reason,
+        )
+        if self._record is None or self.voter.rank != 0:
+            return
+        restored = decision.restore_step
+        self._record(
+            kind="numeric",
+            step=failed_step,
+            generation=self._generation,
+            cause=", ".join(causes) + where,
+            ranks=[theirs["rank"] for theirs in blamed],
+            seen_by="vote" if any(theirs["flags"] for theirs in self.details) else "gradient norm, on every rank",
+            seen_after="same step",
+            action=decision.rung.value,
+            restored_step=restored,
+            steps_lost=0 if restored is None else failed_step - 1 - restored,
+            resumed_after_s=seconds,
+            reason=decision.reason,
+            details=self.details,
+        )
+
+    # ------------------------------------------------------------------ monitors
+
+    def _watch(self) -> int:
+        specs, tensors = self.state.tensors()
+        if tensors is self._watched:
+            return 0
+        self._watched = tensors
+        probed = [
+            Probed(spec.name, tensor, is_weight=not spec.name.startswith("optimizer."))
+            for spec, tensor in zip(specs, tensors, strict=True)
+            if self.state.is_judged(spec.name)
+        ]
+        return self.probe.watch(probed, tensors).value
+
+    def watch_first(self) -> None:
+        """Before the first step: what is not finite already (a mask, an unused row) is this model's way."""
+        self._watch()
+        if self.step == 0:
+            self.probe.exempt_present()
+
+    def is_finite(self) -> bool:
+        """Whether every judged number of this rank's state is finite. Looks at all of it."""
+        self._watch()
+        return not self.probe.scan()
+
+    def _probe(self) -> int:
+        flags = self._watch()
+        found = self.probe.judge(self.step)
+        return flags | found.value if found else flags
+
+    def _begin_mean(self) -> None:
+        if self.voter.world_size > 1 and self._loss_count >= self.settings.reduce_loss_every:
+            self.voter.begin_mean(self._loss_sum, self._loss_count)
+            self._loss_sum, self._loss_count = 0.0, 0
+            self._mean_pending = True
+
+    def _judge_mean(self, step: int) -> int:
+        self._mean_pending = False
+        mean = self.voter.mean(step)
+        if mean is None:
+            return 0
+        found = self.reduced_loss_monitor.judge(mean)
+        if not found:
+            self.reduced_loss_monitor.accept(mean)
+            return 0
+        return Flag.REDUCED_LOSS_EXPLOSION.value & self._heeded
+
+    def _weights_digest(self) -> str:
+        """A digest of the replicated weights, to tell replicas that differ."""
+        digest = hashlib.sha256()
+        specs, tensors = self.state.tensors()
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if not spec.name.startswith("optimizer.") and self.state.is_judged(spec.name) and tensor.numel():
+                digest.update(int(torch.hash_tensor(tensor)).to_bytes(8, "little"))
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "furthest": self.furthest,
+            "history": self.history.as_dict(),
+            "loss": self.loss_monitor.state_dict(),
+            "reduced_loss": self.reduced_loss_monitor.state_dict(),
+            "gradient": [monitor.state_dict() for monitor in self.gradient_monitors],
+            "rate": self.rate_monitor.state_dict(),
+            "probe": self.probe.state_dict(),
+            "loss_sum": (self._loss_sum, self._loss_count),
+            "cadence": self.cadence.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, with_history: bool) -> None:
+        self.step = state["step"]
+        if with_history:
+            self.furthest = state["furthest"]
+            self.history = History.from_dict(state["history"])
+            self.rate.factor = self.history.lr_scale
+        self.loss_monitor.load_state_dict(state["loss"])
+        self.reduced_loss_monitor.load_state_dict(state["reduced_loss"])
+        for monitor, saved in zip(self.gradient_monitors, state["gradient"], strict=True):
+            monitor.load_state_dict(saved)
+        self.rate_monitor.load_state_dict(state["rate"])
+        self._watched = None
+        self.probe.forget()
+        self._watch()
+        self.probe.load_state_dict(state["probe"])
+        self._loss_sum, self._loss_count = state["loss_sum"]
+        self._mean_pending = False
+        self.cadence.load_state_dict(state["cadence"], step=self.step)
+        self._carried = 0
+        self._uncertified = [step for step in self._uncertified if step < self.step]
+        self._to_write = {step for step in self._to_write if step < self.step}
+
+
+_MEASURED_CAPTURES = 3
+_MEASURING_EVERY = 8
+_MAX_EVERY = 500
+
+
+class SnapshotCadence:
+    """How often snapshots are taken: as set, or so that their cost stays under a share of the step time.
+
+    While measuring, snapshots are taken every 8 updates. The third one finds all memory in place; its cost, and the
+    median step time, give the interval, which is the largest that any rank needs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._share = settings.snapshot_cost
+        self.every = settings.snapshot_every
+        self._shortest = max(1, -(-settings.certify_after // (settings.snapshots - 1)))
+        self.last = -1
+        self._num_captured = 0
+        self._cost_s = 0.0
+        self._step_times: list[float] = []
+        self._last_time = 0.0
+        self._measured = False
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot is due at this boundary."""
+        now = time.perf_counter()
+        if self.every is None and len(self._step_times) < 64:
+            if self._last_time:
+                self._step_times.append(now - self._last_time)
+            self._last_time = now
+        return self.last < 0 or step - self.last >= (self.every or _MEASURING_EVERY)
+
+    def captured(self, step: int, cost_s: float) -> None:
+        """A snapshot of `step` was taken at this cost."""
+        self.last = step
+        self._num_captured += 1
+        self._cost_s = cost_s
+        self._last_time = 0.0
+
+    def settle(self, step: int, voter: Voter) -> None:
+        """Agrees on the interval once enough was measured. Every rank gets here at the same step."""
+        if self.every is not None or self._num_captured <= _MEASURED_CAPTURES or self.last != step:
+            return
+        times = sorted(self._step_times)
+        step_s = times[len(times) // 2] if times else math.inf
+        need = math.ceil(self._cost_s / (self._share * step_s)) if step_s > 0 else _MAX_EVERY
+        self.every = int(voter.maximum(min(max(need, self._shortest), _MAX_EVERY), step))
+        logger.info(
+            "a snapshot every %d steps: one takes %.2f ms, a step %.2f ms, so %.2f %% of the time",
+            self.every,
+            self._cost_s * 1e3,
+            step_s * 1e3,
+            100.0 * self._cost_s / (self.every * step_s),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"every": self.every, "num_captured": self._num_captured}
+
+    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
+        if self.every is None:
+            self.every = state["every"]
+        self._num_captured = max(self._num_captured, state["num_captured"]) if self.every is None else 0
+        self.last = step
+        self._last_time = 0.0

@@ -1,0 +1,286 @@
+"""The guarded loop behind `Arc.train`: it owns the step, so it can skip, roll back, replay and resume exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from arc_dist.data.source import Batch, BatchSource
+from arc_dist.engine import Engine
+from arc_dist.errors import ConfigError, Preempted
+from arc_dist.parallel import GradientSync, Parallelism, clip_or_measure
+from arc_dist.protocol.flags import Flag
+from arc_dist.protocol.healing import Decision, Rung, Verdict
+from arc_dist.telemetry.log import logger
+
+LossFunction = Callable[[Any], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a step's time went on this rank, in seconds. On a GPU these are times of launching, not of computing."""
+
+    data_s: float
+    forward_backward_s: float
+    guard_s: float
+    update_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """One committed step: its update was applied on every rank.
+
+    Attributes:
+        number: 1 for the first update of the run; after a rollback numbers come again.
+        loss: this rank's loss, the mean over its micro-batches.
+        grad_norm: L2 norm of the gradient before clipping (of this rank's shards under FSDP2 without clipping).
+        verdict: HEALTHY, or the worst verdict since the result before this one.
+        action: what was done since the result before this one ("skip", "rollback"), or "apply".
+        reason: why, when something was done.
+        repeated: the step had been committed before and was done again after a rollback or a restart.
+        epoch: of the step's last batch, from 0.
+        timings: where the time went.
+    """
+
+    number: int
+    loss: float
+    grad_norm: float
+    verdict: Verdict
+    action: str
+    reason: str
+    repeated: bool
+    epoch: int
+    timings: Timings
+
+
+class GuardedLoop:
+    """Runs steps until the data or the number of steps is used up.
+
+    Args:
+        engine: the started guard and what belongs to it.
+        loss_fn: called with a batch; returns a scalar loss that requires grad.
+        source: the batches.
+        steps: updates in the whole run, or None for as many as the data gives.
+    """
+
+    def __init__(self, engine: Engine, loss_fn: LossFunction, source: BatchSource, steps: int | None) -> None:
+        self._engine = engine
+        self._guard = engine.guard
+        self._loss_fn = loss_fn
+        self._source = source
+        self._steps = steps
+        self._settings = engine.settings
+        self._state = engine.state
+        self._sync = GradientSync(engine.state.models.values())
+        self._parameters = engine.trained_parameters()
+        self._sharded = engine.parallelism is Parallelism.SHARDED
+        self._trouble: Decision | None = None  # the worst decision since the last result
+        self._epoch_losses: list[float] = []
+        self._exhausted = False
+
+    def run(self) -> Iterator[StepResult]:
+        """Yields a result per committed step. Every rank must iterate in step."""
+        guard, engine = self._guard, self._engine
+        while True:
+            if self._exhausted or (self._steps is not None and guard.step >= self._steps):
+                if self._finish():
+                    return
+                continue
+            guard.boundary()
+            if guard.agreed & Flag.PREEMPT:
+                self._leave()
+            engine.check_boundary()
+            began = time.perf_counter()
+            batches = self._fetch()
+            if not batches:
+                self._exhausted = True
+                continue
+            fetched = time.perf_counter()
+            try:
+                result = self._step(batches, began, fetched)
+            except Exception as error:
+                # The update has not begun, so the state is that of the last committed step: leave it to the survivors.
+                engine.part(error)
+                raise
+            if result is not None:
+                engine.progressed()
+                yield result
+
+    def warm_up(self) -> None:
+        """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`."""
+        with self._sync.micro_batch(last=True):
+            self._loss_fn(self._source.next().data).backward()
+        self._zero_grad()
+
+    # ------------------------------------------------------------------ one step
+
+    def _step(self, batches: Sequence[Batch], began: float, fetched: float) -> StepResult | None:
+        guard = self._guard
+        losses = self._forward_backward(batches)
+        computed = time.perf_counter()
+        norm = self._norm()
+        decision = guard.conclude(norm)
+        judged = time.perf_counter()
+        if decision is not None:
+            self._heal(decision)
+            return None
+        if norm is None:
+            return None
+        self._engine.updating = True
+        self._update(losses, batches[-1])
+        guard.committed()
+        self._engine.updating = False
+        updated = time.perf_counter()
+        trouble, self._trouble = self._trouble, None
+        return StepResult(
+            number=guard.step,
+            loss=sum(losses) / len(losses),
+            grad_norm=norm,
+            verdict=trouble.verdict if trouble else Verdict.HEALTHY,
+            action=trouble.rung.value if trouble else Rung.APPLY.value,
+            reason=trouble.reason if trouble else "",
+            repeated=guard.step < guard.furthest,
+            epoch=batches[-1].epoch,
+            timings=Timings(fetched - began, computed - fetched, judged - computed, updated - judged),
+        )
+
+    def _fetch(self) -> list[Batch]:
+        """The micro-batches of the next step; fewer at the very end of the data, none after it."""
+        batches: list[Batch] = []
+        for _ in range(self._settings.accumulate):
+            try:
+                batches.append(self._source.next())
+            except StopIteration:
+                break
+        if self._engine.must_agree_on_data:
+            everyone = self._engine.voter.gather(len(batches), self._guard.step)
+            if len(set(everyone)) > 1:
+                logger.warning("the data ends on some ranks before others (%s batches left); stopping here", everyone)
+                return []
+        return batches
+
+    def _forward_backward(self, batches: Sequence[Batch]) -> list[float]:
+        """Forward and backward of all micro-batches; the vote goes out between the last forward and its backward."""
+        losses: list[float] = []
+        last = len(batches) - 1
+        for i, batch in enumerate(batches):
+            with self._sync.micro_batch(last=i == last):
+                loss = self._loss_fn(batch.data)
+                check_loss(loss)
+                # On a GPU this is the step's one synchronisation, and it waits for the forward pass only.
+                losses.append(loss.item())
+                if i == last:
+                    self._engine.remember_step()
+                    self._guard.begin_vote(losses, [b.ordinal for b in batches])
+                if last:
+                    loss = loss / len(batches)
+                if self._state.scaler is not None:
+                    loss = self._state.scaler.scale(loss)
+                loss.backward()
+        return losses
+
+    def _norm(self) -> float | None:
+        """The gradient's norm, clipped on the way when asked; None when the gradient scaler drops this step itself."""
+        scaler = self._state.scaler
+        if scaler is not None:
+            for optimizer in self._state.optimizers:
+                scaler.unscale_(optimizer)
+        norm = clip_or_measure(self._parameters, self._settings.max_grad_norm, sharded=self._sharded).item()
+        if scaler is not None and not norm < float("inf") and scaler.get_scale() > 1.0:
+            # Too large a loss scale is the scaler's everyday business, not a fault.
+            self._scaler_step()
+            self._zero_grad()
+            return None
+        return norm
+
+    def _update(self, losses: Sequence[float], batch: Batch) -> None:
+        guard = self._guard
+        guard.rate.apply(self._state.optimizers)
+        try:
+            if self._state.scaler is not None:
+                self._scaler_step()
+            else:
+                for optimizer in self._state.optimizers:
+                    optimizer.step()
+        finally:
+            guard.rate.undo()
+        self._zero_grad()
+        if self._settings.scheduler_every == "step":
+            self._step_schedulers(sum(losses) / len(losses))
+        else:
+            self._epoch_losses.append(sum(losses) / len(losses))
+            if self._source.ends_epoch(batch):
+                self._step_schedulers(sum(self._epoch_losses) / len(self._epoch_losses))
+                self._epoch_losses.clear()
+
+    def _step_schedulers(self, loss: float) -> None:
+        for scheduler in self._state.schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                # Its decision must not differ between ranks, so it is fed the mean over ranks.
+                scheduler.step(self._engine.mean_over_ranks(loss))
+            else:
+                scheduler.step()
+
+    def _scaler_step(self) -> None:
+        scaler = self._state.scaler
+        assert scaler is not None
+        for optimizer in self._state.optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self._state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    # ------------------------------------------------------------------ faults and ends
+
+    def _heal(self, decision: Decision) -> None:
+        if self._trouble is None or decision.verdict is Verdict.FAILURE:
+            self._trouble = decision
+        self._guard.act(decision)
+        self._epoch_losses.clear()
+        self._exhausted = False
+
+    def _finish(self) -> bool:
+        """The end of the run: its last state is proven sound and written. False when healing sent the run back."""
+        decision = self._guard.seal()
+        if decision is not None:
+            self._heal(decision)
+            return False
+        self._engine.save_now(self._guard.step)
+        return True
+
+    def _leave(self) -> None:
+        """Every rank agreed to go: save and stop with the exit code that asks to be started again."""
+        decision = self._guard.seal()
+        if decision is not None:
+            self._guard.act(decision)  # a rollback leaves the run at a certified step, which is saved instead
+        saved = self._engine.save_now(self._guard.step)
+        where = "it is committed" if saved else "no store is set, so nothing outlives this job (Arc(store=...))"
+        raise Preempted(
+            f"preempted at step {self._guard.step}: {where}. Start the job again to continue.", step=self._guard.step
+        )
+
+
+def check_loss(loss: object) -> None:
+    """Refuses what is not a scalar that can be differentiated.
+
+    Raises:
+        ConfigError: says what was returned and what to return instead.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(f"loss_fn returned {type(loss).__name__}. Return the loss as a scalar tensor.")
+    if loss.numel() != 1:
+        raise ConfigError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}. Return a scalar, such as loss.mean()."
+        )
+    if not loss.requires_grad:
+        raise ConfigError(
+            "loss_fn returned a loss without a gradient. Do not call it under torch.no_grad(), and do not detach or "
+            ".item() the loss."
+        )

@@ -1,0 +1,159 @@
+"""Finding the state to go on from: the memory of this host first, then the newest committed checkpoint.
+
+All ranks restore the same step or none does. Each attempt ends with a vote: when one rank cannot have a state (a
+damaged shard, a slot that is gone), all ranks go on to the next older one together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arc_dist import errors
+from arc_dist.checkpoint_store.codec import decode
+from arc_dist.checkpoint_store.format import TensorSpec
+from arc_dist.checkpoint_store.store import Store
+from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt, StoreError
+from arc_dist.healing.vote import Voter
+from arc_dist.snapshot.record import StepRecord
+from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.telemetry.log import logger
+
+if TYPE_CHECKING:
+    from arc_dist.engine import Engine
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A verified state, ready to be loaded."""
+
+    step: int
+    tier: str
+    specs: Sequence[TensorSpec]
+    tensors: Sequence[torch.Tensor]
+    small: dict[str, Any]
+
+
+def agree(voter: Voter, action: Callable[[], Any], what: str) -> Any:
+    """Runs `action` on every rank; when it fails on one, every rank raises that rank's error. Blocks.
+
+    Raises:
+        ArcError: of the kind that the first failing rank met.
+    """
+    result, mine = None, None
+    try:
+        result = action()
+    except ArcError as error:
+        mine = error
+    reports = voter.gather(None if mine is None else [type(mine).__name__, mine.message], step=0)
+    for rank, report in enumerate(reports):
+        if report is not None:
+            if mine is not None:
+                raise mine
+            kind, message = report
+            raise getattr(errors, kind)(f"{what} on rank {rank}: {message}", rank=rank)
+    return result
+
+
+def find(engine: Engine) -> Found | None:
+    """The newest state that every rank can have, or None for a fresh start. Every rank must call this; it blocks.
+
+    Raises:
+        CheckpointMismatch: the newest checkpoint belongs to another model or world.
+        StoreCorrupt: there are committed checkpoints, and not one can be read whole.
+    """
+    plan = engine.env.plan
+    if plan is not None and plan["tier"] == "memory":
+        found = _try_everywhere(engine, lambda: _from_memory(engine, plan), f"step {plan['step']} in memory")
+        if found is not None:
+            return found
+    if engine.store is None:
+        return None
+    return _from_store(engine, engine.store, poisoned=set(plan.get("poisoned", ())) if plan else set())
+
+
+def _try_everywhere(engine: Engine, attempt: Callable[[], Found], what: str) -> Found | None:
+    """The result if the attempt succeeded on every rank, else None, with an incident."""
+    found, mine = None, None
+    try:
+        found = attempt()
+    except CheckpointMismatch as error:
+        mine = error
+    except (StoreError, ArcError) as error:
+        mine = error
+    reports = engine.voter.gather(None if mine is None else [type(mine).__name__, mine.message], step=0)
+    failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return found
+    for rank, (kind, message) in failed:
+        if kind == CheckpointMismatch.__name__:
+            # An older checkpoint of the same run would not fit either: this is for the user to decide.
+            raise mine if isinstance(mine, CheckpointMismatch) else CheckpointMismatch(f"rank {rank}: {message}")
+    rank, (kind, message) = failed[0]
+    logger.warning("%s cannot be restored on rank %d: %s", what, rank, message)
+    engine.record(
+        kind="restore_refused",
+        cause=f"{what}: {message}",
+        ranks=[rank for rank, _ in failed],
+        generation=engine.env.generation,
+        seen_by="digest" if kind == StoreCorrupt.__name__ else kind,
+        seen_after="before use",
+        action="next older state",
+    )
+    return None
+
+
+def _from_memory(engine: Engine, plan: dict[str, Any]) -> Found:
+    rank = engine.rank
+    source = plan["sources"][str(rank)]
+    if source["rank"] == rank:
+        specs, tensors, small = engine.ring.restore(source["slot"])
+        return Found(plan["step"], "memory", specs, tensors, small)
+    specs, tensors, small = SnapshotRing.open_peer(Path(source["shm_dir"]), source["slot"])
+    assert engine.env.shm_dir is not None
+    recorded = StepRecord(engine.env.shm_dir).read(plan["step"])
+    if recorded is None:
+        raise errors.InfrastructureError(f"rank {rank} left no record of step {plan['step']} before it died")
+    small["training"]["rng"] = recorded.rng
+    return Found(plan["step"], "memory", specs, tensors, small)
+
+
+def _from_store(engine: Engine, store: Store, poisoned: set[int]) -> Found | None:
+    """Newest first; rank 0's listing is everyone's."""
+    mine: list[tuple[int, int]] = []
+    if engine.rank == 0:
+        mine = [(info.step, info.world_size) for info in store.steps() if info.certified and info.step not in poisoned]
+    listed = engine.voter.gather(mine, step=0)[0]
+    if not listed:
+        return None
+    for step, world_size in sorted(listed, reverse=True):
+        if world_size != engine.world_size:
+            raise CheckpointMismatch(
+                f"the checkpoint of step {step} in {store.url} was saved by {world_size} ranks, this job has "
+                f"{engine.world_size}. Going on exactly (data order, RNG) needs the same number of ranks: start "
+                f"{world_size}, or load the weights alone with torch.distributed.checkpoint and its "
+                "HuggingFaceStorageReader, which reshards them, and give a new run name (Arc(run=...)).",
+                step=step,
+            )
+        found = _try_everywhere(engine, lambda step=step: _read(engine, store, step), f"the checkpoint of step {step}")
+        if found is not None:
+            return found
+    raise StoreCorrupt(
+        f"none of the {len(listed)} committed checkpoints in {store.url} can be read whole. Run `arc verify "
+        f"{store.url}` to see what is damaged, or give a new run name (Arc(run=...)) to start afresh."
+    )
+
+
+def _read(engine: Engine, store: Store, step: int) -> Found:
+    """This rank's part of a checkpoint, verified, in new tensors."""
+    checkpoint = store.open(step)
+    wanted = engine.state.wanted_from(checkpoint.global_shapes())
+    tensors = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in wanted]
+    checkpoint.read_into(list(zip(wanted, tensors, strict=True)))
+    encoded, extra = checkpoint.objects(engine.rank)
+    return Found(step, "checkpoint", wanted, tensors, decode(encoded, extra))

@@ -1,0 +1,89 @@
+"""How an `Arc` behaves: one frozen set of settings, the same on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from arc_dist.errors import ConfigError
+from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
+from arc_dist.protocol.healing import HealingPolicy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Keyword arguments of `Arc`, validated.
+
+    Attributes:
+        max_grad_norm: clip the global gradient L2 norm to this before each update; None does not clip.
+        accumulate: micro-batches per update.
+        scheduler_every: when `Arc.train` steps the schedulers: after each "step" or each "epoch".
+        snapshot_every: updates between two snapshots in memory; None measures and keeps their cost under
+            `snapshot_cost` of the step time.
+        snapshot_cost: share of the step time that snapshots may take when `snapshot_every` is None.
+        snapshots: snapshots kept in memory, at least 2 (one certified, one being certified).
+        certify_after: healthy verdicts after which a snapshot is trusted.
+        checkpoint_every: updates between two checkpoints in the store; None writes one at the end and when preempted.
+        policy: budgets of the healing ladder.
+        ignore: names of flags that are never raised, such as ("grad_vanishing",).
+        loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
+        reduce_loss_every: updates between two judgements of the loss averaged over ranks.
+        vote_timeout_s: how long a rank waits for the vote of the others, in seconds.
+    """
+
+    max_grad_norm: float | None = None
+    accumulate: int = 1
+    scheduler_every: str = "step"
+    snapshot_every: int | None = None
+    snapshot_cost: float = 0.01
+    snapshots: int = 2
+    certify_after: int = 2
+    checkpoint_every: int | None = None
+    policy: HealingPolicy = dataclasses.field(default_factory=HealingPolicy)
+    ignore: tuple[str, ...] = ()
+    loss_explosion_sigmas: float = 20.0
+    grad_explosion_factor: float = 50.0
+    reduce_loss_every: int = 8
+    vote_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("accumulate", "certify_after", "reduce_loss_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("snapshot_every", "checkpoint_every"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 1, "1 or more, or None")
+        _require("snapshots", self.snapshots, self.snapshots >= 2, "2 or more: one is trusted while one is proven")
+        _require("snapshot_cost", self.snapshot_cost, 0.0 < self.snapshot_cost <= 1.0, "in (0, 1]")
+        _require(
+            "max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or None"
+        )
+        _require("scheduler_every", self.scheduler_every, self.scheduler_every in ("step", "epoch"), "step or epoch")
+        _require("vote_timeout_s", self.vote_timeout_s, self.vote_timeout_s > 0, "above 0")
+        known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
+        unknown = sorted(set(self.ignore) - known)
+        _require("ignore", self.ignore, not unknown, f"flag names; unknown: {unknown}; known: {sorted(known)}")
+        if self.snapshot_every is not None:
+            longest = self.snapshot_every * (self.snapshots - 1)
+            _require(
+                "certify_after",
+                self.certify_after,
+                self.certify_after <= longest,
+                f"at most snapshot_every x (snapshots - 1) = {longest}, or no snapshot would ever be trusted",
+            )
+
+    @property
+    def heeded(self) -> Flag:
+        """All flags that may be raised."""
+        ignored = NO_FLAGS
+        for name in self.ignore:
+            ignored |= Flag[name.upper()]
+        return ~ignored
+
+    def comparable(self) -> dict[str, Any]:
+        """What must be equal on all ranks, JSON-able."""
+        return dataclasses.asdict(self)
+
+
+def _require(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"Arc({name}={value!r}): must be {rule}.", setting=name)
