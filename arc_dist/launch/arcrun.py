@@ -1,0 +1,122 @@
+"""`arcrun`: torchrun with a supervisor for every rank, and exit codes that say what became of the job.
+
+``arcrun --nproc-per-node=8 train.py --lr 3`` is ``torchrun --nproc-per-node=8 -m arc_dist train.py --lr 3``, where
+torchrun itself would end with 1 whatever happened. Options of arc-dist have the prefix ``--arc-``, all others are
+torchrun's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from arc_dist.errors import ExitCode
+from arc_dist.launch import endings
+from arc_dist.launch.options import add_settings, settings_to_arguments
+
+_PREFIX = "arc-"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script; ends the process."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs a job on this node and returns its exit code (errors.ExitCode, or the script's own)."""
+    arguments = _parse(argv)
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    reports = Path(tempfile.mkdtemp(prefix="arcrun-"))
+    os.environ[endings.VARIABLE] = str(reports)
+    try:
+        torchrun.run(arguments)
+        return int(ExitCode.SUCCESS)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        code = endings.job_exit_code(endings.read(reports), worker_exit_code=first.exitcode)
+        if code not in iter(ExitCode) or code == ExitCode.USER_BUG:
+            print(error, file=sys.stderr)
+        _say(code)
+        return code
+    except SignalException as error:
+        code = endings.job_exit_code(endings.read(reports), signal_number=int(error.sigval))
+        _say(code)
+        return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except RendezvousError as error:
+        print(f"[arc] torchrun could not bring the nodes together: {error}", file=sys.stderr)
+        return int(ExitCode.INFRASTRUCTURE)
+    except ValueError as error:  # how torchrun refuses what its parser lets through
+        print(f"[arc] torchrun: {error}", file=sys.stderr)
+        return int(ExitCode.CONFIGURATION)
+    finally:
+        shutil.rmtree(reports, ignore_errors=True)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    if any(argument in ("-h", "--help") for argument in _options_only(argv)):
+        _parser().print_help()
+        sys.exit(0)
+    try:
+        arguments = _parser().parse_args(list(argv))
+    except SystemExit as ending:
+        # argparse has said what is wrong; its 2 would pass for the script's own exit code.
+        sys.exit(int(ExitCode.CONFIGURATION) if ending.code else 0)
+    if arguments.no_python or arguments.run_path:
+        print("arcrun: --no-python and --run-path cannot be guarded. Use torchrun for them.", file=sys.stderr)
+        sys.exit(int(ExitCode.CONFIGURATION))
+    ours = settings_to_arguments(arguments, _PREFIX)
+    module = ["-m"] if arguments.module else []
+    arguments.training_script_args = [*ours, *module, arguments.training_script, *arguments.training_script_args]
+    arguments.training_script = "arc_dist"
+    arguments.module = True
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = "arcrun"
+    parser.usage = "arcrun [torchrun options] [--arc-options] (train.py | -m module) [arguments]"
+    parser.description = (
+        "torchrun with a supervisor for every rank: a rank that dies is restarted within a fraction of a second, "
+        "optimizer steps are guarded, and the exit code says what became of the job: 0 success, 75 preempted (retry), "
+        "76 infrastructure (retry), 77 no progress, 78 configuration, else the script's own."
+    )
+    parser.allow_abbrev = False
+    add_settings(parser, _PREFIX)
+    return parser
+
+
+def _options_only(argv: Sequence[str]) -> list[str]:
+    """Arguments up to the first that is no option: `--help` after the script is the script's."""
+    options: list[str] = []
+    for argument in argv:
+        if not argument.startswith("-"):
+            break
+        options.append(argument)
+    return options
+
+
+def _say(code: int) -> None:
+    words = {
+        int(ExitCode.PREEMPTED): "preempted, with its state saved; start it again",
+        int(ExitCode.INFRASTRUCTURE): "stopped by infrastructure; start it again",
+        int(ExitCode.NO_PROGRESS): "makes no progress; see the report before starting it again",
+        int(ExitCode.CONFIGURATION): "cannot run as it is configured",
+    }
+    if code in words:
+        print(f"[arc] exit code {code}: the job {words[code]}", file=sys.stderr)

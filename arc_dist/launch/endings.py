@@ -1,0 +1,69 @@
+"""How supervisors tell `arcrun` how they ended, and what exit code the job gets from that.
+
+torchrun closes the other workers with SIGTERM as soon as one failed, and forgets exit codes when it is itself
+signalled; so each supervisor leaves its own in a directory that `arcrun` made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from arc_dist.errors import ExitCode
+
+VARIABLE = "ARC_ENDINGS_DIR"
+
+
+def leave(directory: str | None, rank: str, returncode: int) -> None:
+    """Notes how this supervisor ends: an exit code, or minus a signal."""
+    if directory is None:
+        return
+    # arcrun falls back to what torchrun saw when the directory is gone.
+    with contextlib.suppress(OSError):
+        path = Path(directory) / rank
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps({"time": time.time(), "returncode": returncode}))
+        draft.rename(path)
+
+
+def read(directory: Path) -> list[int]:
+    """Return codes of this node's supervisors, earliest first."""
+    noted: list[tuple[float, int]] = []
+    for path in directory.iterdir():
+        if path.suffix != ".draft":
+            ending = json.loads(path.read_text())
+            noted.append((ending["time"], ending["returncode"]))
+    return [code for _, code in sorted(noted)]
+
+
+def job_exit_code(
+    returncodes: Sequence[int], *, worker_exit_code: int | None = None, signal_number: int | None = None
+) -> int:
+    """What the launcher ends with.
+
+    Args:
+        returncodes: what supervisors noted, earliest first.
+        worker_exit_code: what torchrun saw of the first worker that failed; used when no supervisor noted a failure,
+            as when one was killed.
+        signal_number: the signal that told the launcher to end, if one did.
+    """
+    failures = [code for code in returncodes if code != 0]
+    if signal_number is not None:
+        saved = bool(returncodes) and all(code in (0, ExitCode.PREEMPTED) for code in returncodes) and failures
+        return int(ExitCode.PREEMPTED) if saved else 128 + signal_number
+    if failures:
+        first = failures[0]
+    elif worker_exit_code is not None and worker_exit_code > 0:
+        first = worker_exit_code
+    else:
+        return int(ExitCode.INFRASTRUCTURE)  # a supervisor was killed, and torchrun's restarts are used up
+    return 128 - first if first < 0 else first
+
+
+def directory_from_environ() -> str | None:
+    """Where to note the ending, when `arcrun` started this."""
+    return os.environ.get(VARIABLE)

@@ -1,0 +1,111 @@
+"""`python -m arc_dist`: from the command line to a supervisor, and in its trainers to the user's script."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from arc_dist.config import Env
+from arc_dist.errors import ArcError, ExitCode
+from arc_dist.launch import endings
+from arc_dist.launch import options as command_line
+from arc_dist.supervisor import process, script, zygote
+from arc_dist.supervisor.membership import Membership
+
+# Imported once, in the supervisor. torch._dynamo: DDP and optimizers import it (about 1 s) as soon as they are used.
+_PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "numpy.random")
+# What a guarded trainer imports of ours, as far as it is installed.
+_OWN_PRELOADED = ("arc_dist.hooks", "arc_dist.arc", "arc_dist.loop")
+
+
+def start() -> Callable[[], NoReturn]:
+    """Runs the supervisor, which ends the process. Returns in trainers only, with what they are to run.
+
+    A trainer returns all the way up, so that the script's exceptions and exit meet a nearly empty stack.
+    """
+    options = command_line.parse(sys.argv[1:])
+    if options.zygote is not None:
+        return _take_zygotes_place(options)
+    try:
+        options.target.check()
+        os.environ.update(options.environ)
+        env = Env.read()
+        membership = Membership.read(os.environ)
+        _preload(options)
+    except ArcError as error:
+        _fail(error, says=os.environ.get("LOCAL_RANK", "0") == "0")
+    forked = zygote.fork_zygote()
+    if isinstance(forked, zygote.Trainer):
+        return functools.partial(_run_script, options)
+    from arc_dist.supervisor import host  # after the fork: it imports HTTP and stores, and starts threads
+
+    try:
+        ending = host.supervise(env, membership, forked)
+    except ArcError as error:
+        _fail(error, says=True)
+    except BaseException:
+        traceback.print_exc()
+        _leave(int(ExitCode.INFRASTRUCTURE))
+    _leave(ending.returncode)
+
+
+def _take_zygotes_place(options: command_line.Options) -> Callable[[], NoReturn]:
+    assert options.zygote is not None
+    descriptor, supervisor_pid = options.zygote
+    process.die_with_parent(supervisor_pid)
+    _preload(options)
+    sock = socket.socket(fileno=descriptor)
+    sock.set_inheritable(False)
+    zygote.serve(sock)
+    return functools.partial(_run_script, options)
+
+
+def _preload(options: command_line.Options) -> None:
+    if options.no_preload:
+        return
+    zygote.preload(_PRELOADED)
+    zygote.preload(_OWN_PRELOADED)
+    zygote.preload(options.preload)
+
+
+def _run_script(options: command_line.Options) -> NoReturn:
+    if not options.no_guard:
+        from arc_dist.hooks import guard_script
+
+        guard_script()
+    script.run(options.target)
+
+
+def _fail(error: ArcError, *, says: bool) -> NoReturn:
+    """Ends with the error's exit code. What is wrong for all ranks alike is said once per host."""
+    if says:
+        print(f"[arc] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    _leave(int(error.exit_code))
+
+
+def _leave(returncode: int) -> NoReturn:
+    """Ends the process as the trainer ended: with its exit code, or by the signal that ended it.
+
+    Without the interpreter's own end: daemon threads and stores are no reason to wait or to crash there.
+    """
+    endings.leave(endings.directory_from_environ(), os.environ.get("RANK", "0"), returncode)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if returncode < 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the trainer's core is the interesting one
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL takes no handler
+            signal.signal(-returncode, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-returncode])
+        os.kill(os.getpid(), -returncode)
+        returncode = 128 - returncode
+    os._exit(returncode)

@@ -1,0 +1,94 @@
+"""Why a trainer ended: what is known, told apart from what is guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from arc_dist.supervisor import process
+
+# How gloo, NCCL and the store report that a peer went away. Such an exception is an echo of another rank's death.
+_PEER_LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "PeerLost")
+_PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a trainer ended.
+
+    Attributes:
+        kind: ``finished``, ``signal``, ``exception``, ``exit`` or ``oom``.
+        returncode: the exit code, or minus the signal.
+        exception: what `exception.json` said, for kind ``exception``.
+        evidence: for ``oom``, what the judgement rests on.
+    """
+
+    kind: str
+    returncode: int
+    exception: Mapping[str, Any] | None = None
+    evidence: str = ""
+
+    @property
+    def is_echo(self) -> bool:
+        """The trainer failed because a peer was gone, so the peer's death is the cause to report first."""
+        if self.exception is None:
+            return False
+        kind = str(self.exception.get("type", "")).rpartition(".")[2]
+        message = str(self.exception.get("message", ""))
+        return kind in _PEER_LOST_TYPES or any(words in message for words in _PEER_LOST_WORDS)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The form that the coordinator reads."""
+        exception = self.exception
+        if exception is not None:
+            exception = {key: exception.get(key) for key in ("type", "message", "traceback", "step")}
+        return {
+            "kind": self.kind,
+            "signal": -self.returncode if self.returncode < 0 else None,
+            "exit_code": self.returncode if self.returncode >= 0 else None,
+            "exception": exception,
+            "evidence": self.evidence,
+        }
+
+    def __str__(self) -> str:
+        if self.kind == "oom":
+            return f"killed by the kernel's OOM killer ({self.evidence})"
+        if self.exception is not None:
+            message = str(self.exception.get("message", "")).strip().splitlines()
+            return f"{self.exception.get('type')}: {message[0][:200] if message else ''}"
+        return process.describe_status(self.returncode)
+
+
+def classify(
+    returncode: int,
+    *,
+    exception: Mapping[str, Any] | None,
+    oom_before: Mapping[str, int],
+    oom_after: Mapping[str, int],
+) -> Cause:
+    """Tells why a trainer ended.
+
+    The OOM killer leaves no mark on its victim. A SIGKILL counts as its work when the kernel's counter of OOM kills
+    rose while the trainer ran; the evidence says which counter, because on a shared host another process may have
+    been the victim.
+
+    Args:
+        returncode: as from `os.waitstatus_to_exitcode`.
+        exception: `exception.json` of this generation, if it was written.
+        oom_before: `process.oom_kills()` when the trainer was forked.
+        oom_after: the same after its death.
+    """
+    if returncode == 0:
+        return Cause(kind="finished", returncode=0)
+    if returncode == -signal.SIGKILL:
+        for scope, words in (("cgroup", "this cgroup's"), ("host", "the host's")):
+            rise = oom_after.get(scope, 0) - oom_before.get(scope, 0)
+            if scope in oom_before and rise > 0:
+                return Cause(kind="oom", returncode=returncode, evidence=f"{words} oom_kill counter rose by {rise}")
+    if returncode < 0:
+        return Cause(kind="signal", returncode=returncode)
+    if exception is not None:
+        return Cause(kind="exception", returncode=returncode, exception=exception)
+    return Cause(kind="exit", returncode=returncode)

@@ -1,0 +1,139 @@
+"""What can happen to a supervisor, and the two threads that tell its main thread about it.
+
+The main thread waits on one queue. It never polls while training runs: a trainer's death comes from the zygote's
+socket, another rank's from the long poll at the coordinator, a signal from its handler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from arc_dist.errors import CoordinatorUnavailable
+from arc_dist.supervisor import wire
+
+LONG_POLL_S = 20.0
+_RETRY_FIRST_S = 0.05
+_RETRY_MAX_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ZygoteSaid:
+    """A message of the zygote (zygote.py lists them)."""
+
+    message: dict[str, Any]
+    zygote_pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ZygoteLost:
+    """The zygote's end of the socket is closed: it is dead, and with it the trainer."""
+
+    zygote_pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Directed:
+    """The coordinator answered the question for `generation` with something else than "wait"."""
+
+    generation: int
+    directive: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinatorLost:
+    """The coordinator did not answer; asked again until it does."""
+
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinatorFound:
+    """The coordinator answers again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Signalled:
+    """A signal reached the supervisor."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A thread met an error that is no one's fault but ours or the configuration's; the main thread raises it."""
+
+    error: BaseException
+
+
+Event = ZygoteSaid | ZygoteLost | Directed | CoordinatorLost | CoordinatorFound | Signalled | Failed
+Events = queue.SimpleQueue  # of Event; its put may be called from a signal handler
+
+
+def read_zygote(sock: socket.socket, zygote_pid: int, events: Events[Event]) -> None:
+    """Starts the thread that turns a zygote's messages into events; it ends with the zygote."""
+
+    def read() -> None:
+        try:
+            while (message := wire.receive(sock)) is not None:
+                events.put(ZygoteSaid(message, zygote_pid))
+        except (OSError, ValueError):
+            pass  # the socket broke in the middle of a message: the zygote is as lost as after a clean end
+        events.put(ZygoteLost(zygote_pid))
+
+    threading.Thread(target=read, name=f"arc-zygote-{zygote_pid}", daemon=True).start()
+
+
+class DirectivePoller:
+    """Asks the coordinator what to do, in a thread of its own, one question at a time.
+
+    Args:
+        ask: ``(generation, timeout_s) -> directive``; the coordinator's long poll.
+        events: where the answers go.
+    """
+
+    def __init__(self, ask: Callable[[int, float], dict[str, Any]], events: Events[Event]) -> None:
+        self._ask = ask
+        self._events = events
+        self._questions: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._pending: int | None = None
+        threading.Thread(target=self._run, name="arc-directive", daemon=True).start()
+
+    def ask(self, generation: int) -> None:
+        """Asks for the directive about `generation`, unless that question is on its way already."""
+        if self._pending != generation:
+            self._pending = generation
+            self._questions.put(generation)
+
+    def answered(self) -> None:
+        """The main thread has taken the answer; the same question may be asked again."""
+        self._pending = None
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._settle(self._questions.get())
+        except BaseException as error:  # nobody reads this thread's traceback; the main thread's everybody does
+            self._events.put(Failed(error))
+
+    def _settle(self, generation: int) -> None:
+        pause_s = _RETRY_FIRST_S
+        while True:
+            try:
+                directive = self._ask(generation, LONG_POLL_S)
+            except CoordinatorUnavailable as error:
+                self._events.put(CoordinatorLost(str(error)))
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _RETRY_MAX_S)
+                continue
+            if pause_s != _RETRY_FIRST_S:
+                pause_s = _RETRY_FIRST_S
+                self._events.put(CoordinatorFound())
+            if directive["kind"] != "wait":
+                self._events.put(Directed(generation, directive))
+                return

@@ -1,0 +1,93 @@
+"""What a supervisor says about a trainer's death: two log lines, and one record for the incident file."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from arc_dist.supervisor.cause import Cause
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Incident:
+    """A trainer's death.
+
+    Attributes:
+        time: wall-clock time at which it was seen.
+        rank: whose trainer died.
+        generation: the generation that it belonged to.
+        step: its last committed step; None for a script that counts none.
+        cause: why.
+        exited_at: monotonic time at which the zygote was told of the death by the kernel.
+        seen_after_s: from the trainer's last sign of life (status page) to `exited_at`. The moment of death itself is
+            not recorded by the kernel, so this is an upper bound, usually the part of a step that had passed.
+    """
+
+    time: float
+    rank: int
+    generation: int
+    step: int | None
+    cause: Cause
+    exited_at: float
+    seen_after_s: float | None
+
+    @staticmethod
+    def seen(
+        *,
+        rank: int,
+        generation: int,
+        step: int | None,
+        cause: Cause,
+        exited_at: float,
+        last_progress_at: float | None,
+    ) -> Incident:
+        """A death just learnt of; times are monotonic."""
+        return Incident(
+            time=time.time(),
+            rank=rank,
+            generation=generation,
+            step=step,
+            cause=cause,
+            exited_at=exited_at,
+            seen_after_s=None if last_progress_at is None else max(0.0, exited_at - last_progress_at),
+        )
+
+    def first_line(self, pid: int | None) -> str:
+        """Said at once."""
+        where = "" if self.step is None else f" after step {self.step}"
+        return (
+            f"rank {self.rank}, generation {self.generation}: trainer {pid} died{where}: {self.cause}; "
+            f"asking the coordinator how to go on"
+        )
+
+    def resumed(self, *, generation: int, plan: Mapping[str, Any], forked_at: float) -> dict[str, Any]:
+        """The record, once the next generation's trainer is forked."""
+        restored = plan.get("step")
+        lost = None if self.step is None or restored is None else max(0, self.step - int(restored))
+        return {
+            "time": self.time,
+            "kind": "rank_died",
+            "rank": self.rank,
+            "generation": self.generation,
+            "step": self.step,
+            "cause": str(self.cause),
+            "seen_after_s": self.seen_after_s,
+            "action": "restart",
+            "new_generation": generation,
+            "restored_step": restored,
+            "tier": plan.get("tier"),
+            "resumed_after_s": forked_at - self.exited_at,
+            "steps_lost": lost,
+        }
+
+    def second_line(self, report: Mapping[str, Any]) -> str:
+        """Said when the next generation runs."""
+        source = {"memory": "in memory", "checkpoint": "in the checkpoint store"}.get(str(report["tier"]))
+        restored = "from the script's start" if source is None else f"from step {report['restored_step']} {source}"
+        lost = "" if report["steps_lost"] is None else f", {report['steps_lost']} steps lost"
+        return (
+            f"rank {self.rank}: all ranks restarted as generation {report['new_generation']} {restored}, "
+            f"{report['resumed_after_s']:.3f} s after the death{lost}"
+        )

@@ -1,0 +1,73 @@
+"""What the launcher said about this rank. Standard library only: bad settings are reported before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from arc_dist.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Membership:
+    """What the launcher said about this rank.
+
+    Attributes:
+        rank: this rank.
+        world_size: number of ranks.
+        local_rank: number of this rank on its host.
+        run_id: the launcher's name of the job, or None when it has none.
+        restart_count: how often torchrun's agent has restarted its workers.
+        store_host: where the launcher's store is or is to be; None with a world of one and no launcher.
+        store_port: its port.
+        has_agent_store: the launcher's agent serves that store, so that rank 0 need not.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    run_id: str | None = None
+    restart_count: int = 0
+    store_host: str | None = None
+    store_port: int = 0
+    has_agent_store: bool = False
+
+    @staticmethod
+    def read(environ: Mapping[str, str]) -> Membership:
+        """Reads the variables that torchrun and its like set.
+
+        Raises:
+            ConfigError: they contradict each other or are not numbers.
+        """
+        rank, world_size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                f"RANK={rank} does not fit WORLD_SIZE={world_size}. Start with torchrun or arcrun, or set both."
+            )
+        host = environ.get("MASTER_ADDR") or None
+        if host is None and world_size > 1:
+            raise ConfigError(
+                f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set. Start with torchrun or arcrun, or set "
+                f"MASTER_ADDR and MASTER_PORT."
+            )
+        run_id = environ.get("TORCHELASTIC_RUN_ID")
+        return Membership(
+            rank=rank,
+            world_size=world_size,
+            local_rank=_number(environ, "LOCAL_RANK", 0),
+            run_id=run_id if run_id not in ("", "none") else None,
+            restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+            store_host=host,
+            store_port=_number(environ, "MASTER_PORT", 0) if host is not None else 0,
+            has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name)
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is not a whole number. Correct or unset it.", variable=name) from None

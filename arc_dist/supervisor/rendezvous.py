@@ -1,0 +1,138 @@
+"""How supervisors find each other, and the store that each generation of trainers meets in.
+
+Under torchrun the agent serves a TCPStore at MASTER_ADDR:MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE=True). Without
+such an agent, but with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment (mpirun, an Indexed Job), the
+supervisor of rank 0 serves one there. With a world of one no store is needed. In that store rank 0 announces the
+coordinator's address and token.
+
+The trainers never use that store: keys of an earlier generation would still be in it (torchrun's own restart fails on
+them). Each generation gets a fresh TCPStore in rank 0's supervisor, where no trainer's death can take it away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import time
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from arc_dist.errors import ConfigError, InfrastructureError
+from arc_dist.supervisor.membership import Membership
+
+_POLL_S = 0.02
+_STORE_TIMEOUT_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoordinatorAddress:
+    """What rank 0 announces: where the coordinator is, and the token that it wants to see."""
+
+    url: str
+    token: str = dataclasses.field(repr=False)
+    job_id: str
+    run_dir: str
+
+
+class Meeting:
+    """The launcher's store, as far as supervisors use it: one key.
+
+    The key does not carry the restart count, because that differs between agents when one joined late. A follower may
+    therefore read what the rank 0 of an earlier attempt announced; it cannot connect there, and asks again.
+    """
+
+    _KEY = "coordinator"
+
+    def __init__(self, membership: Membership) -> None:
+        if membership.store_host is None:
+            raise ConfigError("a world of one without MASTER_ADDR has no store to meet in")
+        serves = membership.rank == 0 and not membership.has_agent_store
+        try:
+            self._tcp_store = TCPStore(
+                membership.store_host,
+                membership.store_port,
+                is_master=serves,
+                wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=_STORE_TIMEOUT_S),
+            )
+        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+            verb = "served" if serves else "reached"
+            raise InfrastructureError(
+                f"rank {membership.rank}: the launcher's store at {membership.store_host}:{membership.store_port} "
+                f"cannot be {verb}: {error}. Check MASTER_ADDR and MASTER_PORT.",
+                rank=membership.rank,
+            ) from error
+        self._store: Store = PrefixStore(f"arc/{membership.run_id or 'none'}", self._tcp_store)
+
+    def announce(self, address: CoordinatorAddress) -> None:
+        """Rank 0 says where the coordinator is."""
+        self._store.set(self._KEY, json.dumps(dataclasses.asdict(address)))
+
+    def look_up(self, *, timeout_s: float) -> CoordinatorAddress | None:
+        """The newest announcement, or None when there is none within `timeout_s`. Blocks in short steps only."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if self._store.check([self._KEY]):
+                return CoordinatorAddress(**json.loads(self._store.get(self._KEY)))
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_POLL_S)
+
+
+class GenerationStores:
+    """The fresh stores of rank 0's supervisor: one for each generation, the next one always ready ahead of time."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._stores: dict[int, TCPStore] = {}
+
+    def prepare(self, generation: int) -> dict[str, str | int]:
+        """Serves a store for `generation` if there is none yet, and returns ``{"host", "port"}``."""
+        store = self._stores.get(generation)
+        if store is None:
+            store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+            self._stores[generation] = store
+        return {"host": self._host, "port": store.port}
+
+    def retire(self, before_generation: int) -> None:
+        """Closes the stores of generations that are over on all ranks."""
+        for generation in [number for number in self._stores if number < before_generation]:
+            del self._stores[generation]
+
+
+def advertised_host(membership: Membership) -> tuple[str, str]:
+    """The name under which other ranks reach this host, and the address to listen on.
+
+    MASTER_ADDR when it is this host (the usual case), else this host's address on the way to it: agents may give rank
+    0 to another host than the one that serves their store.
+
+    Raises:
+        InfrastructureError: MASTER_ADDR cannot be resolved or reached.
+    """
+    if membership.store_host is None:
+        return "127.0.0.1", "127.0.0.1"
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            membership.store_host, membership.store_port or 1, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing; asks the routing table
+            local = probe.getsockname()[0]
+    except OSError as error:
+        raise InfrastructureError(
+            f"MASTER_ADDR={membership.store_host} cannot be resolved or reached: {error}. Check the name and the network."
+        ) from error
+    return (membership.store_host if local == address[0] else local), local
+
+
+def host_identity() -> str:
+    """Names this host: its boot id, because containers share host names and snapshots are found by host."""
+    name = socket.gethostname()
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{name}-{file.read().strip()[:8]}-{os.stat('/dev/shm').st_dev}"
+    except OSError:
+        return name

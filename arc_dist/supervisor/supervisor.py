@@ -1,0 +1,498 @@
+"""The supervisor of one rank: forks its trainers, generation after generation, and ends when the job does.
+
+It joins no collective, touches no GPU and decides nothing about training: what to run next comes from the coordinator
+(`directive`), and what the trainer left in shared memory is only listed, never opened.
+
+One generation, seen from here::
+
+    ready(g, inventory) --> run g --> fork --> trainer lives --+--> exits 0: finished --> done | end g
+                                                               +--> dies: died ---------> end g | stop
+                                                               +--> end g (another rank died): part, kill
+    end g --> wait until every process of g is gone --> ready(g + 1)
+
+The trainer of a generation is always gone before `ready` for the next is said: one live process per rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from arc_dist.errors import ArcError, CoordinatorUnavailable, ExitCode, InfrastructureError
+from arc_dist.snapshot import layout
+from arc_dist.supervisor import cause as causes
+from arc_dist.supervisor import process, wire, zygote
+from arc_dist.supervisor.events import (
+    CoordinatorFound,
+    CoordinatorLost,
+    Directed,
+    DirectivePoller,
+    Event,
+    Events,
+    Failed,
+    Signalled,
+    ZygoteLost,
+    ZygoteSaid,
+    read_zygote,
+)
+from arc_dist.supervisor.incidents import Incident
+from arc_dist.telemetry.log import logger
+
+_PARTING_POLL_S = 0.002
+_STEPPING_LIMIT_S = 0.3
+_PARTING_LIMIT_S = 10.0
+_KILL_LIMIT_S = 30.0
+_ECHO_WAIT_S = 0.25
+_SIGNAL_RACE_S = 0.02
+_ZYGOTE_START_LIMIT_S = 300.0
+_COORDINATOR_LIMIT_S = 10.0
+_FAREWELL_LIMIT_S = 5.0
+
+# After these the trainer's end is the job's end, however it ended.
+_LEAVING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
+
+
+class Client(Protocol):
+    """What a supervisor asks of the coordinator; see arc_dist/coordinator for what the answers mean."""
+
+    def ready(
+        self,
+        rank: int,
+        generation: int,
+        store: dict[str, Any] | None,
+        inventory: list[dict[str, Any]],
+        shm_dir: str,
+        host: str,
+    ) -> dict[str, Any]: ...
+    def died(self, rank: int, generation: int, cause: dict[str, Any], step: int | None) -> dict[str, Any]: ...
+    def finished(self, rank: int, generation: int) -> dict[str, Any]: ...
+    def directive(self, rank: int, generation: int, timeout_s: float) -> dict[str, Any]: ...
+    def incident(self, incident: dict[str, Any]) -> dict[str, Any]: ...
+    def preempt(self, rank: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How the supervisor itself is to end: with an exit code, or (negative) by the signal that ended the trainer."""
+
+    returncode: int
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Trainer:
+    """The trainer of the current generation, as far as it is known."""
+
+    generation: int
+    plan: dict[str, Any]
+    oom_before: dict[str, int]
+    pid: int | None = None
+    ticks: int | None = None
+    forked_at: float | None = None
+    exited_at: float | None = None
+    returncode: int | None = None
+    clean: bool = False  # nothing that it had started lives any more
+    killed_by_us: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a supervisor is given.
+
+    Attributes:
+        rank: this rank.
+        host: identity of this host, for plans that use a peer's memory.
+        shm_dir: this rank's directory in shared memory.
+        environ: variables that are the same in every generation.
+        store_for: generation -> ``{"host", "port"}`` of its store; on rank 0, where a launcher or a world needs one.
+        generation_began: told (on rank 0, to close old stores) when a generation runs.
+        uses_store: trainers meet in a store (false only for a world of one without a launcher).
+    """
+
+    rank: int
+    host: str
+    shm_dir: Path
+    environ: Mapping[str, str]
+    store_for: Callable[[int], dict[str, Any]] | None
+    generation_began: Callable[[int], None]
+    uses_store: bool
+
+
+class Supervisor:
+    """See the module's text. Use it from the main thread: the zygote dies with the thread that started it."""
+
+    def __init__(
+        self, setup: Setup, client: Client, zygote_process: zygote.ZygoteProcess, events: Events[Event]
+    ) -> None:
+        self._setup = setup
+        self._client = client
+        self._events = events
+        self._zygote = zygote_process
+        self._zygote_ready = False
+        self._trainer: _Trainer | None = None
+        self._directive: dict[str, Any] | None = None
+        self._signals: list[int] = []
+        self._coordinator_lost_at: float | None = None
+        self._coordinator_error = ""
+        self._page = layout.StatusPage.create(setup.shm_dir)
+        self._poller = DirectivePoller(lambda g, t: client.directive(setup.rank, g, t), events)
+        self._incident: Incident | None = None
+
+    def run(self, generation: int) -> Ending:
+        """Runs generations from `generation` on until the job is done, stopped or told to go.
+
+        Raises:
+            ArcError: the job cannot go on; the message is for the user and `exit_code` for the launcher.
+        """
+        read_zygote(self._zygote.sock, self._zygote.pid, self._events)
+        while True:
+            self._await_zygote()
+            self._say_ready(generation)
+            directive = self._await_directive(generation)
+            if directive["kind"] == "run":
+                generation = int(directive["generation"])
+                ending = self._run_generation(generation, directive)
+                if ending is not None:
+                    return ending
+                directive = self._take_directive(generation)
+            if directive["kind"] == "end":
+                self._part_and_kill(generation, directive)
+                generation = max(generation, int(directive["generation"])) + 1
+            elif directive["kind"] == "stop":
+                return self._stop(generation, directive)
+            elif directive["kind"] == "done":
+                return Ending(0)
+
+    # --- one generation -----------------------------------------------------------------------------------------------
+
+    def _say_ready(self, generation: int) -> None:
+        setup = self._setup
+        store = setup.store_for(generation) if setup.store_for is not None else None
+        inventory = [
+            {
+                "step": slot.step,
+                "certified": slot.certified,
+                "slot": slot.slot,
+                "nbytes": slot.nbytes,
+                "generation": slot.generation,
+                "parting": slot.parting,
+                "replicated": slot.replicated,
+            }
+            for slot in layout.inspect(setup.shm_dir)
+        ]
+        self._insist(
+            lambda: self._client.ready(setup.rank, generation, store, inventory, str(setup.shm_dir), setup.host)
+        )
+
+    def _run_generation(self, generation: int, directive: dict[str, Any]) -> Ending | None:
+        """Forks the trainer and waits until it is over; None when the next directive says how to go on."""
+        trainer = self._fork(generation, directive)
+        self._poller.ask(generation)
+        if self._setup.store_for is not None:
+            self._setup.store_for(generation + 1)
+        self._setup.generation_began(generation)
+        self._finish_incident(trainer)
+        self._wait(lambda: trainer.returncode is not None or self._directive is not None)
+        if trainer.returncode is None:
+            return None
+        return self._after_exit(trainer)
+
+    def _fork(self, generation: int, directive: dict[str, Any]) -> _Trainer:
+        setup = self._setup
+        plan = directive.get("plan") or {"version": 1, "generation": generation, "step": None, "tier": "none"}
+        to_set = {
+            **setup.environ,
+            "ARC_SUPERVISED": "1",
+            "ARC_GENERATION": str(generation),
+            "ARC_SHM_DIR": str(setup.shm_dir),
+            "ARC_PLAN": wire.dumps(plan),
+        }
+        if setup.uses_store:
+            store = directive["store"]
+            to_set |= {
+                "MASTER_ADDR": str(store["host"]),
+                "MASTER_PORT": str(store["port"]),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": str(generation),
+            }
+        layout.clear_exception(setup.shm_dir)
+        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            # What an earlier generation wrote there (@record) would be shown as the reason of a later, other end.
+            Path(error_file).unlink(missing_ok=True)
+        self._page.write(phase=layout.Phase.NONE, generation=generation, step=int(plan.get("step") or 0))
+        trainer = _Trainer(generation=generation, plan=plan, oom_before=process.oom_kills())
+        self._trainer = trainer
+        self._command({"command": "fork", "set": to_set, "unset": []})
+        self._wait(lambda: trainer.pid is not None or trainer.returncode is not None)
+        return trainer
+
+    def _after_exit(self, trainer: _Trainer) -> Ending | None:
+        """Reports a trainer that ended by itself; an Ending when this is also the end of the supervisor."""
+        assert trainer.returncode is not None and trainer.exited_at is not None
+        status = self._page.read()
+        exception = layout.read_exception(self._setup.shm_dir)
+        cause = causes.classify(
+            trainer.returncode,
+            exception=exception,
+            oom_before=trainer.oom_before,
+            oom_after=process.oom_kills() if trainer.returncode == -signal.SIGKILL else {},
+        )
+        if self._is_leaving(trainer.returncode):
+            return self._leave(trainer, cause)
+        if cause.is_echo and self._wait(lambda: self._directive is not None, timeout_s=_ECHO_WAIT_S):
+            return None  # the peer's own supervisor said what happened, and the generation is over
+        if self._directive is not None:
+            return None
+        counts = status.pid == trainer.pid  # else the page is as we set it up: the script counts no steps
+        step = status.step if counts else None
+        if cause.kind == "finished":
+            self._insist(lambda: self._client.finished(self._setup.rank, trainer.generation))
+        else:
+            self._incident = Incident.seen(
+                rank=self._setup.rank,
+                generation=trainer.generation,
+                step=step,
+                cause=cause,
+                exited_at=trainer.exited_at,
+                last_progress_at=status.progress_ns / 1e9 if counts else None,
+            )
+            logger.warning("%s", self._incident.first_line(trainer.pid))
+            self._insist(lambda: self._client.died(self._setup.rank, trainer.generation, cause.to_wire(), step))
+        self._await_directive(trainer.generation, keep=True)
+        return None
+
+    def _part_and_kill(self, generation: int, directive: dict[str, Any]) -> None:
+        """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so."""
+        trainer = self._trainer
+        if trainer is None or trainer.generation != generation:
+            return
+        asked_at = time.monotonic()
+        while trainer.returncode is None:
+            phase = self._page.read().phase
+            limit_s = {layout.Phase.STEPPING: _STEPPING_LIMIT_S, layout.Phase.PARTING: _PARTING_LIMIT_S}.get(phase, 0.0)
+            if self._signals:
+                limit_s = _PARTING_LIMIT_S  # it is leaving by itself, with its state
+            if time.monotonic() - asked_at >= limit_s:
+                trainer.killed_by_us = True
+                self._command({"command": "kill"})
+                break
+            self._wait(lambda: trainer.returncode is not None, timeout_s=_PARTING_POLL_S)
+        if not self._wait(lambda: trainer.clean, timeout_s=_KILL_LIMIT_S):
+            raise InfrastructureError(
+                f"rank {self._setup.rank}: trainer {trainer.pid} of generation {generation} does not die, "
+                f"{_KILL_LIMIT_S:.0f} s after SIGKILL: it hangs in the kernel (GPU driver, network file system). "
+                f"Take this node out of the job.",
+                rank=self._setup.rank,
+                pid=trainer.pid,
+            )
+        reason = directive.get("reason", "")
+        logger.debug("generation %d ended on rank %d: %s", generation, self._setup.rank, reason)
+
+    def _finish_incident(self, trainer: _Trainer) -> None:
+        incident, self._incident = self._incident, None
+        if incident is None or trainer.forked_at is None:
+            return
+        report = incident.resumed(generation=trainer.generation, plan=trainer.plan, forked_at=trainer.forked_at)
+        logger.warning("%s", incident.second_line(report))
+        with self._tolerating_coordinator("the incident was not recorded"):
+            self._client.incident(report)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _is_leaving(self, returncode: int) -> bool:
+        """Whether a signal that reached this supervisor makes the trainer's end final."""
+        if returncode < 0 and -returncode in zygote.FORWARDED_SIGNALS:
+            # A launcher signals the whole group; the trainer's death may be seen before our own handler has run.
+            self._wait(lambda: -returncode in self._signals, timeout_s=_SIGNAL_RACE_S)
+        return any(number in _LEAVING_SIGNALS or number == -returncode for number in self._signals)
+
+    def _leave(self, trainer: _Trainer, cause: causes.Cause) -> Ending:
+        """Ends as the trainer ended, after telling the coordinator, which tells ranks that were not signalled."""
+        assert trainer.returncode is not None
+        if cause.kind != "finished":
+            logger.warning("rank %d ends with its trainer: %s", self._setup.rank, cause)
+        with self._tolerating_coordinator("the end of this rank was not reported"):
+            if cause.kind == "finished":
+                self._client.finished(self._setup.rank, trainer.generation)
+            else:
+                self._client.died(self._setup.rank, trainer.generation, cause.to_wire(), self._page.read().step)
+                if signal.SIGTERM in self._signals:
+                    self._conclude_preemption(trainer.generation)
+        return Ending(trainer.returncode)
+
+    def _conclude_preemption(self, generation: int) -> None:
+        """Says that nothing runs here any more, so that the other ranks are told to stop without a time-out."""
+        self._wait(lambda: self._trainer is None or self._trainer.clean, timeout_s=_FAREWELL_LIMIT_S)
+        deadline = time.monotonic() + _FAREWELL_LIMIT_S
+        self._say_ready(generation + 1)
+        self._poller.ask(generation + 1)
+        while time.monotonic() < deadline:
+            if not self._wait(lambda: self._directive is not None, timeout_s=deadline - time.monotonic()):
+                return
+            directive, self._directive = self._directive, None
+            if directive is None or directive["kind"] in ("stop", "done", "run"):
+                return
+            self._poller.ask(generation + 1)
+
+    def _stop(self, generation: int, directive: dict[str, Any]) -> Ending:
+        self._part_and_kill(generation, directive)
+        code = int(directive["exit_code"])
+        log = logger.error if self._setup.rank == 0 else logger.debug
+        log("the job stops (%s): %s", process.describe_status(code), directive.get("reason", "no reason given"))
+        return Ending(code)
+
+    # --- the zygote ---------------------------------------------------------------------------------------------------
+
+    def _await_zygote(self) -> None:
+        if not self._wait(lambda: self._zygote_ready, timeout_s=_ZYGOTE_START_LIMIT_S):
+            raise InfrastructureError(
+                f"rank {self._setup.rank}: the zygote process {self._zygote.pid} is not ready after "
+                f"{_ZYGOTE_START_LIMIT_S:.0f} s. Look at its error output above; the node may be overloaded."
+            )
+
+    def _replace_zygote(self) -> None:
+        """A dead zygote took the trainer along; a new one imports everything anew (seconds, not milliseconds)."""
+        started_ready = self._zygote_ready
+        process.wait_gone(self._zygote.pid, ticks=self._zygote.ticks, timeout_s=_KILL_LIMIT_S)
+        trainer = self._trainer
+        if trainer is not None and trainer.pid is not None and trainer.returncode is None:
+            process.wait_gone(trainer.pid, ticks=trainer.ticks, timeout_s=_KILL_LIMIT_S)
+        zygote.kill_orphans()
+        if trainer is not None and trainer.returncode is None:
+            trainer.returncode, trainer.exited_at = -int(signal.SIGKILL), time.monotonic()
+        if trainer is not None:
+            trainer.clean = True
+        if not started_ready:
+            raise InfrastructureError(
+                f"rank {self._setup.rank}: the zygote process {self._zygote.pid} ended before it could fork; "
+                f"its error output above says why."
+            )
+        self._zygote_ready = False
+        logger.warning(
+            "rank %d: the zygote (pid %d) died; starting another, which imports torch again",
+            self._setup.rank,
+            self._zygote.pid,
+        )
+        self._zygote.sock.close()
+        self._zygote = zygote.start_zygote()
+        read_zygote(self._zygote.sock, self._zygote.pid, self._events)
+
+    def _command(self, message: dict[str, Any]) -> None:
+        # A broken pipe means that the zygote is gone; its reader thread says so in a moment, and that is acted on.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            wire.send(self._zygote.sock, message)
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def _await_directive(self, generation: int, *, keep: bool = False) -> dict[str, Any]:
+        """Waits for the directive about `generation`. Bounded by the coordinator's own rules; here only its loss is."""
+        self._poller.ask(generation)
+        while not self._wait(lambda: self._directive is not None, timeout_s=1.0):
+            lost_at = self._coordinator_lost_at
+            if lost_at is not None and time.monotonic() - lost_at > _COORDINATOR_LIMIT_S:
+                raise CoordinatorUnavailable(
+                    f"rank {self._setup.rank}: the coordinator in rank 0's supervisor has not answered for "
+                    f"{_COORDINATOR_LIMIT_S:.0f} s: {self._coordinator_error}. If rank 0's host is lost, the launcher "
+                    f"must restart the job (torchrun --max-restarts)."
+                )
+            if self._leaving_without_trainer():
+                return {"kind": "stop", "exit_code": -self._signals[0], "reason": "told to end while nothing ran"}
+        return self._take_directive(generation) if not keep else (self._directive or {})
+
+    def _leaving_without_trainer(self) -> bool:
+        trainer = self._trainer
+        return bool(self._signals) and (trainer is None or trainer.returncode is not None)
+
+    def _take_directive(self, generation: int) -> dict[str, Any]:
+        directive, self._directive = self._directive, None
+        if directive is None:
+            return self._await_directive(generation)
+        return directive
+
+    def _insist(self, call: Callable[[], Any]) -> None:
+        """Makes a call that must reach the coordinator; asks again until it does or is lost for too long."""
+        deadline = time.monotonic() + _COORDINATOR_LIMIT_S
+        while True:
+            try:
+                call()
+                return
+            except CoordinatorUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise CoordinatorUnavailable(
+                        f"rank {self._setup.rank}: {error}. If rank 0's host is lost, the launcher must restart the "
+                        f"job (torchrun --max-restarts)."
+                    ) from error
+                time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def _tolerating_coordinator(self, consequence: str):
+        try:
+            yield
+        except ArcError as error:
+            logger.warning("rank %d: %s: %s", self._setup.rank, consequence, error)
+
+    def _wait(self, done: Callable[[], bool], *, timeout_s: float | None = None) -> bool:
+        """Handles events until `done()`; False when `timeout_s` is over before."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not done():
+            remaining_s = None if deadline is None else deadline - time.monotonic()
+            if remaining_s is not None and remaining_s <= 0:
+                return False
+            try:
+                self._handle(self._events.get(timeout=remaining_s))
+            except queue.Empty:
+                return done()
+        return True
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case ZygoteSaid(message=message, zygote_pid=pid):
+                if pid == self._zygote.pid:
+                    self._hear(message)
+            case ZygoteLost(zygote_pid=pid):
+                if pid == self._zygote.pid:
+                    self._replace_zygote()
+            case Directed(directive=directive):
+                self._coordinator_lost_at = None
+                self._poller.answered()
+                self._directive = directive
+            case CoordinatorLost(error=error):
+                self._coordinator_lost_at = self._coordinator_lost_at or time.monotonic()
+                self._coordinator_error = error
+            case CoordinatorFound():
+                self._coordinator_lost_at = None
+            case Signalled(number=number):
+                self._take_signal(number)
+            case Failed(error=error):
+                raise error
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        trainer = self._trainer
+        match message["event"]:
+            case "ready":
+                self._zygote_ready = True
+            case "forked" if trainer is not None:
+                trainer.pid, trainer.ticks, trainer.forked_at = message["pid"], message["ticks"], message["at"]
+            case "exited" if trainer is not None and trainer.pid == message["pid"]:
+                trainer.returncode, trainer.exited_at = message["status"], message["at"]
+            case "clean" if trainer is not None and trainer.pid == message["pid"]:
+                trainer.clean = True
+
+    def _take_signal(self, number: int) -> None:
+        """Hands a signal on to the trainer; SIGTERM is also told to the coordinator, so that all ranks know."""
+        self._signals.append(number)
+        self._command({"command": "signal", "number": number})
+        if number == signal.SIGTERM:
+            with self._tolerating_coordinator("the preemption was not reported"):
+                self._client.preempt(self._setup.rank)
+
+
+def exit_code_of(error: ArcError) -> int:
+    """The exit code of a supervisor that an error of ours ends."""
+    return int(getattr(error, "exit_code", ExitCode.INFRASTRUCTURE))
