@@ -1,0 +1,388 @@
+"""The life of a job: which processes may run, when they must end, and when the job is over.
+
+A *generation* is one set of live training processes, one per rank. It is numbered; whatever a process or its supervisor
+says carries the number, and what an older generation says changes nothing (fencing). The phases of a job::
+
+                    all ranks ready                       a rank died
+    STARTING(g) ----------------------> RUNNING(g) ------------------------> ENDING(g)
+        ^                                   | all ranks finished                 | all ranks ready for g+1
+        |                                   v                                    v
+        |                                 DONE                             judge(deaths) ----> STOPPED
+        +--------------------------------- g := g+1 ----------------------------+
+
+    from STARTING and ENDING, when some rank stays silent too long ----------------------------> STOPPED
+
+**ready(g)** from a rank means two things: all its processes of older generations are gone, and it can start generation
+g. So `RUNNING(g)` begins when no process of an older generation exists anywhere: there is one live process per rank
+(S13). **One decision** (S1): the plan of a generation is chosen once, at the moment when it starts to run, is part of
+the state, and every rank is told the same one however often it asks.
+
+**Several deaths.** The first death in RUNNING begins the end of the generation; more deaths of it are evidence. The
+judgement waits until all ranks are ready for the next one, since only then is the evidence complete: the echo of a
+death may be reported before the death itself. A death while STARTING takes back that rank's readiness, no more:
+nothing has run. A rank that finished (exit 0) while another died goes back with the others to the restored step, and
+so is started again; its result is not lost, because the end of its script comes again.
+
+**Saying it twice.** A duplicate, a reordered or a late message finds a state in which it changes nothing: `ready` is a
+set, a second death of a rank in a generation is ignored, older generations are fenced. `ready(g+1)` in RUNNING(g) is a
+death whose report was lost or is late: the process is gone either way.
+
+**Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
+a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed
+and would be newer than what it would restore otherwise.
+
+`apply(config, state, event, now_s)` answers with the new state, what to do beyond telling the ranks, and why. What a
+rank is told is a function of the state, `directive`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+from arc_dist.errors import ExitCode
+from arc_dist.protocol import budgets
+from arc_dist.protocol.budgets import Cause, CauseKind, Death, Ended
+from arc_dist.protocol.events import (
+    Action,
+    Committing,
+    Died,
+    Event,
+    Finished,
+    GenerationEnds,
+    GenerationOver,
+    GenerationRuns,
+    JobOver,
+    Joined,
+    Listed,
+    Poisoned,
+    Preempted,
+    Progressed,
+    Ready,
+    Settled,
+    StateMatters,
+    Tick,
+)
+from arc_dist.protocol.job import Job, JobConfig, Phase, Stop
+from arc_dist.protocol.pick import Restored, pick
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The answer of `apply`. A `job` that is the very object put in means that the event changed nothing."""
+
+    job: Job
+    reason: str
+    actions: tuple[Action, ...] = ()
+
+
+# ---- handlers: one event in one kind of phase. They answer (job', reason, actions). ----------------------------------
+
+_Answer = tuple[Job, str, tuple[Action, ...]]
+
+
+def _join(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
+    before = job.members.get(event.rank)
+    if before == event.member:
+        return job, "known already", ()
+    job = dataclasses.replace(job, members={**job.members, event.rank: event.member})
+    if before is None:
+        return job, f"rank {event.rank} joined", ()
+    # Its memory went with the old supervisor, and so did its readiness.
+    ready = {rank: inventory for rank, inventory in job.ready.items() if rank != event.rank}
+    job = dataclasses.replace(job, ready=ready)
+    return job, f"rank {event.rank} has a new supervisor", ()
+
+
+def _join_running(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
+    before = job.members.get(event.rank)
+    job, reason, _ = _join(config, job, event, now_s)
+    if before is None or before == event.member:
+        return job, reason, ()
+    death = Death(rank=event.rank, cause=Cause(kind=CauseKind.REPLACED))
+    return _begin_end(job, death, now_s)
+
+
+def _ready(config: JobConfig, job: Job, event: Ready, now_s: float) -> _Answer:
+    if event.generation != job.awaited:
+        return job, _fenced(job, event.generation), ()
+    if job.ready.get(event.rank) == event.inventory:
+        return job, "known already", ()
+    job = dataclasses.replace(job, ready={**job.ready, event.rank: event.inventory})
+    if job.phase is Phase.ENDING:
+        held = [h.step for h in event.inventory.holdings if h.generation == job.generation]
+        job = dataclasses.replace(job, reached=max([job.reached, *held]))
+    return job, f"rank {event.rank} is ready for generation {event.generation}", ()
+
+
+def _ready_running(config: JobConfig, job: Job, event: Ready, now_s: float) -> _Answer:
+    if event.generation != job.generation + 1:
+        return job, _fenced(job, event.generation), ()
+    # The process is gone, and nobody said why (yet). Had it finished, only an ending would make the rank say this.
+    death = Death(rank=event.rank, cause=Cause(kind=CauseKind.LOST))
+    job, reason, actions = _begin_end(job, death, now_s)
+    job, _, _ = _ready(config, job, event, now_s)
+    return job, reason, actions
+
+
+def _died_running(config: JobConfig, job: Job, event: Died, now_s: float) -> _Answer:
+    if event.generation != job.generation:
+        return job, _fenced(job, event.generation), ()
+    if event.rank in job.finished:
+        return job, f"rank {event.rank} finished before", ()
+    return _begin_end(job, event.death, now_s)
+
+
+def _died_ending(config: JobConfig, job: Job, event: Died, now_s: float) -> _Answer:
+    if event.generation != job.generation:
+        return job, _fenced(job, event.generation), ()
+    known = next((death for death in job.deaths if death.rank == event.rank), None)
+    if known is not None and known.cause.kind is not CauseKind.LOST:
+        return job, "known already", ()
+    if known == event.death:
+        return job, "known already", ()
+    # A report that comes late explains what was only noticed before, in its place.
+    others = tuple(event.death if death is known else death for death in job.deaths)
+    deaths = others if known is not None else (*job.deaths, event.death)
+    reached = max(job.reached, event.death.step or 0)
+    return dataclasses.replace(job, deaths=deaths, reached=reached), f"{event.death}, too", ()
+
+
+def _died_starting(config: JobConfig, job: Job, event: Died, now_s: float) -> _Answer:
+    if event.generation != job.generation or event.rank not in job.ready:
+        return job, _fenced(job, event.generation), ()
+    ready = {rank: inventory for rank, inventory in job.ready.items() if rank != event.rank}
+    return dataclasses.replace(job, ready=ready), f"{event.death}, before anything ran", ()
+
+
+def _finished(config: JobConfig, job: Job, event: Finished, now_s: float) -> _Answer:
+    if event.generation != job.generation:
+        return job, _fenced(job, event.generation), ()
+    if event.rank in job.finished:
+        return job, "known already", ()
+    return dataclasses.replace(job, finished=job.finished | {event.rank}), f"rank {event.rank} finished", ()
+
+
+def _progress(config: JobConfig, job: Job, event: Progressed, now_s: float) -> _Answer:
+    if event.generation != job.generation or event.step <= job.reached:
+        return job, "nothing new", ()
+    return dataclasses.replace(job, reached=event.step), f"step {event.step}", ()
+
+
+def _preempted(config: JobConfig, job: Job, event: Preempted, now_s: float) -> _Answer:
+    if job.preempted:
+        return job, "known already", ()
+    return dataclasses.replace(job, preempted=True), f"rank {event.rank} was told to go", ()
+
+
+def _poisoned(config: JobConfig, job: Job, event: Poisoned, now_s: float) -> _Answer:
+    known = job.known.with_poison(event.poison)
+    if known is job.known:
+        return job, "known already", ()
+    reason = f"steps {event.poison.from_step}-{event.poison.to_step} are poisoned"
+    return dataclasses.replace(job, known=known), reason, (StateMatters(),)
+
+
+def _listed(config: JobConfig, job: Job, event: Listed, now_s: float) -> _Answer:
+    committed = frozenset(entry for entry in job.known.committed if entry.url != event.url) | event.committed
+    if committed == job.known.committed:
+        return job, "known already", ()
+    known = dataclasses.replace(job.known, committed=committed)
+    return dataclasses.replace(job, known=known), f"{event.url} holds {len(event.committed)} checkpoints", ()
+
+
+def _committing(config: JobConfig, job: Job, event: Committing, now_s: float) -> _Answer:
+    return dataclasses.replace(job, committing=job.committing | {event.step}), f"step {event.step} is committing", ()
+
+
+def _settled(config: JobConfig, job: Job, event: Settled, now_s: float) -> _Answer:
+    job = dataclasses.replace(job, committing=job.committing - {event.step})
+    entry = event.committed
+    if entry is None:
+        return job, f"step {event.step} was not committed", ()
+    known = dataclasses.replace(job.known, committed=job.known.committed | {entry})
+    reached = max(job.reached, entry.step) if entry.generation == job.generation else job.reached
+    return dataclasses.replace(job, known=known, reached=reached), f"step {event.step} is committed", (StateMatters(),)
+
+
+def _tick(config: JobConfig, job: Job, event: Tick, now_s: float) -> _Answer:
+    due_s = deadline_s(config, job)
+    if due_s is None or now_s < due_s or len(job.ready) == config.world_size:
+        return job, "nothing is due", ()
+    silent = [rank for rank in range(config.world_size) if rank not in job.ready]
+    what = "did not end its process" if job.phase is Phase.ENDING else "was not ready"
+    more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
+    reason = f"rank {silent[0]}{more} {what} within {now_s - job.since_s:.0f} s"
+    stop = Stop(exit_code=ExitCode.INFRASTRUCTURE, reason=reason, blame_rank=silent[0])
+    return _over(job, stop, now_s)
+
+
+def _ignored(config: JobConfig, job: Job, event: Event, now_s: float) -> _Answer:
+    return job, f"nothing to do in {job.phase.value}", ()
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+_ALIVE = (Phase.STARTING, Phase.RUNNING, Phase.ENDING)
+_OVER = (Phase.DONE, Phase.STOPPED)
+
+# Rows: what is heard. Columns: the phase it is heard in. A job that is over changes no more.
+_TABLE: dict[type[Any], dict[Phase, Callable[[JobConfig, Job, Any, float], _Answer]]] = {
+    Joined: {Phase.STARTING: _join, Phase.RUNNING: _join_running, Phase.ENDING: _join},
+    Ready: {Phase.STARTING: _ready, Phase.RUNNING: _ready_running, Phase.ENDING: _ready},
+    Died: {Phase.STARTING: _died_starting, Phase.RUNNING: _died_running, Phase.ENDING: _died_ending},
+    Finished: {Phase.STARTING: _ignored, Phase.RUNNING: _finished, Phase.ENDING: _ignored},
+    Progressed: {Phase.STARTING: _ignored, Phase.RUNNING: _progress, Phase.ENDING: _progress},
+    Preempted: dict.fromkeys(_ALIVE, _preempted),
+    Poisoned: dict.fromkeys((*_ALIVE, *_OVER), _poisoned),
+    Listed: dict.fromkeys(_ALIVE, _listed),
+    Committing: dict.fromkeys((*_ALIVE, *_OVER), _committing),
+    Settled: dict.fromkeys((*_ALIVE, *_OVER), _settled),
+    Tick: {Phase.STARTING: _tick, Phase.RUNNING: _ignored, Phase.ENDING: _tick},
+}
+
+
+def apply(config: JobConfig, job: Job, event: Event, now_s: float) -> Outcome:
+    """One step of the machine: looks the event up in the table, then takes every transition that is now open."""
+    handler = _TABLE[type(event)].get(job.phase, _ignored)
+    job, reason, actions = handler(config, job, event, now_s)
+    while (open_transition := _open_transition(config, job, now_s)) is not None:
+        job, reason, more = open_transition
+        actions += more
+    return Outcome(job=job, reason=reason, actions=actions)
+
+
+def _open_transition(config: JobConfig, job: Job, now_s: float) -> _Answer | None:
+    """What follows from the state alone: the arrows of the diagram that wait for *all* ranks."""
+    if job.phase is Phase.RUNNING and len(job.finished) == config.world_size:
+        return _over(job, None, now_s)
+    if job.phase is Phase.ENDING and len(job.ready) == config.world_size:
+        return _conclude(config, job, now_s)
+    if job.phase is Phase.STARTING and len(job.ready) == config.world_size:
+        return _start(config, job, now_s)
+    return None
+
+
+def _begin_end(job: Job, death: Death, now_s: float) -> _Answer:
+    """RUNNING -> ENDING."""
+    job = dataclasses.replace(
+        job,
+        phase=Phase.ENDING,
+        since_s=now_s,
+        ready={},
+        deaths=(death,),
+        reached=max(job.reached, death.step or 0),
+    )
+    return job, str(death), (GenerationEnds(generation=job.generation, death=death),)
+
+
+def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
+    """ENDING -> STARTING of the next generation, or STOPPED: all processes are gone and all evidence is in."""
+    ended = Ended(first=job.generation == job.first, deaths=job.deaths, reached=job.reached, preempted=job.preempted)
+    ledger, judgement = budgets.judge(config.budget, job.ledger, ended)
+    over = GenerationOver(generation=job.generation, deaths=job.deaths, judgement=judgement, reached=job.reached)
+    job = dataclasses.replace(job, ledger=ledger)
+    if judgement.stop_code is not None:
+        stop = Stop(exit_code=judgement.stop_code, reason=judgement.reason, blame_rank=judgement.root.rank)
+        job, reason, actions = _over(job, stop, now_s)
+        return job, reason, (over, *actions)
+    job = dataclasses.replace(
+        job,
+        phase=Phase.STARTING,
+        generation=job.generation + 1,
+        since_s=now_s,
+        deaths=(),
+        finished=frozenset(),
+        reached=0,
+        preempted=False,
+    )
+    return job, judgement.reason, (over,)
+
+
+def _start(config: JobConfig, job: Job, now_s: float) -> _Answer | None:
+    """STARTING -> RUNNING: the one place where a plan is made."""
+    plan = pick(job.generation, job.ready, job.known)
+    newest = max(job.committing, default=-1)
+    if newest > (-1 if plan.step is None else plan.step) and now_s < job.since_s + config.commit_wait_s:
+        return None  # a newer checkpoint is a moment away; `Settled` or a `Tick` comes back here
+    known = job.known
+    if job.generation > job.first:
+        known = known.with_restored(Restored(generation=job.generation, step=plan.step))
+    job = dataclasses.replace(job, phase=Phase.RUNNING, since_s=now_s, plan=plan, known=known, ready={}, reached=0)
+    return job, plan.reason, (GenerationRuns(plan=plan),)
+
+
+def _over(job: Job, stop: Stop | None, now_s: float) -> _Answer:
+    phase = Phase.DONE if stop is None else Phase.STOPPED
+    job = dataclasses.replace(job, phase=phase, since_s=now_s, stop=stop, ready={})
+    reason = "all ranks finished" if stop is None else stop.reason
+    return job, reason, (JobOver(generation=job.generation, stop=stop),)
+
+
+def _fenced(job: Job, generation: int) -> str:
+    return f"fenced: this is about generation {generation}, the job is {job.phase.value} {job.generation}"
+
+
+def deadline_s(config: JobConfig, job: Job) -> float | None:
+    """When a `Tick` may change something, on the clock of `now_s`; None: only other events can."""
+    if job.phase is Phase.ENDING:
+        return job.since_s + config.ending_timeout_s
+    if job.phase is Phase.STARTING:
+        waits_for_commit = len(job.ready) == config.world_size
+        return job.since_s + (config.commit_wait_s if waits_for_commit else config.starting_timeout_s)
+    return None
+
+
+# ---- what a rank is told ---------------------------------------------------------------------------------------------
+
+
+class Order(enum.Enum):
+    """Values are part of the wire format."""
+
+    WAIT = "wait"
+    RUN = "run"
+    END = "end"
+    STOP = "stop"
+    DONE = "done"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Directive:
+    """An order about `generation`, with its reason."""
+
+    order: Order
+    generation: int
+    reason: str = ""
+
+
+def directive(job: Job, rank: int, generation: int) -> Directive:
+    """What `rank` is told when it asks about `generation`: the one it runs, or the one it wants to start.
+
+    An order to end is also the answer to a rank that asks for the next generation but whose `ready` was lost: it has
+    nothing to end, and says `ready` again.
+    """
+    present = job.generation
+    if job.phase is Phase.STOPPED:
+        return Directive(order=Order.STOP, generation=present, reason=job.stop.reason if job.stop else "")
+    if job.phase is Phase.DONE:
+        return Directive(order=Order.DONE, generation=present, reason="all ranks finished")
+    if generation < present:
+        reason = f"generation {generation} is over; the job is at {present}"
+        return Directive(order=Order.END, generation=generation, reason=reason)
+    if job.phase is Phase.RUNNING and generation == present:
+        return Directive(order=Order.RUN, generation=present, reason=job.plan.reason if job.plan else "")
+    if job.phase is Phase.ENDING and (generation == present or rank not in job.ready):
+        root = budgets.root_of(job.deaths)
+        return Directive(order=Order.END, generation=present, reason=str(root))
+    if job.phase is Phase.RUNNING:
+        return Directive(
+            order=Order.END, generation=present, reason=f"generation {present} is running; say ready again"
+        )
+    return Directive(order=Order.WAIT, generation=generation)
+
+
+def is_behind(job: Job, generation: int) -> bool:
+    """True when a rank knows of a generation that this state cannot have led to: the coordinator is an old one."""
+    return generation > job.generation + (job.phase is not Phase.STARTING)

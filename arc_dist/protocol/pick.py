@@ -1,0 +1,327 @@
+"""The step that all ranks restore, and where each rank finds it.
+
+**Whole.** A step is whole in memory when every rank has a source of it: a snapshot in its own memory, or, where the
+ranks are replicas (plain DDP), a copy that a peer on the same host holds. It is whole on disk when its checkpoint is
+committed. Half a step is never used.
+
+**Trusted.** A snapshot counts when it is certified, or when it is a *parting* snapshot: written by a rank that had lost
+a peer, from the last step that all ranks had voted good. A committed checkpoint counts unless it says it is not
+certified.
+
+**Refused for ever.** *Poisoned*: a fault was traced back to before this state was saved. *Abandoned*: a later
+generation restored an older step, so this state belongs to a history that did not happen. Both name the generation
+that they speak of, because the same step number, trained again, is another state.
+
+**The choice** is the newest step that is whole, trusted and not refused; at the same step memory comes before disk
+(it is faster, and holds what was not yet written). So `pick` is *monotone*: one more good snapshot never makes the
+answer older. And it is a function of sets: the order in which holdings are told, and telling them twice, change
+nothing. Why newer steps were not taken is part of the answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+PLAN_VERSION = 1
+_MAX_REFUSALS = 8  # newest first; more would only hide them
+_MAX_POISON = 256
+
+
+class Tier(enum.Enum):
+    """Where a plan restores from. `NONE` is a fresh start: nothing is known here, a trainer may still find a store."""
+
+    MEMORY = "memory"
+    CHECKPOINT = "checkpoint"
+    NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holding:
+    """A snapshot in a rank's memory.
+
+    Attributes:
+        step: committed steps that it contains.
+        slot: where it lies in the rank's ring.
+        generation: the generation that took it.
+        certified: enough healthy verdicts followed.
+        parting: taken at the last committed step after a peer was lost.
+        replicated: all that is large in it is the same on every rank, so that it can stand in for a peer's.
+        nbytes: its size.
+    """
+
+    step: int
+    slot: int
+    generation: int = 0
+    certified: bool = False
+    parting: bool = False
+    replicated: bool = False
+    nbytes: int = 0
+
+    @property
+    def trusted(self) -> bool:
+        return self.certified or self.parting
+
+    @property
+    def preference(self) -> tuple[int, bool, int]:
+        """Larger is better, among a rank's trusted copies of one step."""
+        return (self.generation, self.certified, -self.slot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """What one rank's memory holds, and where that memory is."""
+
+    host: str
+    shm_dir: str
+    holdings: tuple[Holding, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A checkpoint whose manifest is written. `generation` is None when the store did not say."""
+
+    step: int
+    url: str
+    generation: int | None = None
+    certified: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Poison:
+    """States of steps `from_step`..`to_step` saved by `generation` or an earlier one are bad."""
+
+    from_step: int
+    to_step: int
+    generation: int
+
+    def covers(self, step: int, generation: int | None) -> bool:
+        return self.from_step <= step <= self.to_step and (generation is None or generation <= self.generation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """`generation` began from `step`. None: from nothing that is known here, so no snapshot of before is its past."""
+
+    generation: int
+    step: int | None
+
+    def abandons(self, step: int, generation: int) -> bool:
+        return generation < self.generation and (self.step is None or step > self.step)
+
+    def outweighs(self, earlier: Restored) -> bool:
+        if self.step is None or earlier.step is None:
+            return self.step is None and earlier.step is None
+        return self.step <= earlier.step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the job knows beyond its ranks' memory."""
+
+    committed: frozenset[Committed] = frozenset()
+    poison: tuple[Poison, ...] = ()
+    restored: tuple[Restored, ...] = ()
+
+    def refusal(self, step: int, generation: int | None, *, in_memory: bool) -> str | None:
+        """Why a state of `step` saved by `generation` must not come back, or None when it may."""
+        for poison in self.poison:
+            if poison.covers(step, generation):
+                return f"poisoned (steps {poison.from_step}-{poison.to_step}, until generation {poison.generation})"
+        if generation is None:
+            return None
+        for restored in self.restored:
+            # A start from nothing known here says nothing about the store: the trainer looks there by itself.
+            if (in_memory or restored.step is not None) and restored.abandons(step, generation):
+                went_back = "the start" if restored.step is None else f"step {restored.step}"
+                return f"abandoned (generation {restored.generation} went back to {went_back})"
+        return None
+
+    def with_poison(self, poison: Poison) -> Known:
+        """Bounded: beyond the limit the two oldest become one that covers both, which refuses more, never less."""
+        if poison in self.poison:
+            return self
+        entries = (*self.poison, poison)
+        if len(entries) > _MAX_POISON:
+            first, second, *rest = entries
+            hull = Poison(
+                from_step=min(first.from_step, second.from_step),
+                to_step=max(first.to_step, second.to_step),
+                generation=max(first.generation, second.generation),
+            )
+            entries = (hull, *rest)
+        return dataclasses.replace(self, poison=entries)
+
+    def with_restored(self, restored: Restored) -> Known:
+        """Drops what the new word makes superfluous: a generation that went back as far or further says it all."""
+        kept = tuple(earlier for earlier in self.restored if not restored.outweighs(earlier))
+        return dataclasses.replace(self, restored=(*kept, restored))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a rank finds its state: `rank`'s memory directory and the slot in it."""
+
+    rank: int
+    shm_dir: str
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A newer step that was not taken, and why."""
+
+    step: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every rank of `generation` restores; the same for all of them."""
+
+    generation: int
+    step: int | None
+    tier: Tier
+    reason: str
+    sources: Mapping[int, Source] = dataclasses.field(default_factory=dict[int, Source])
+    url: str | None = None
+    refused: tuple[Refusal, ...] = ()
+    poisoned: tuple[Poison, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The wire form, as handed to the training process in ``ARC_PLAN``."""
+        return {
+            "version": PLAN_VERSION,
+            "generation": self.generation,
+            "step": self.step,
+            "tier": self.tier.value,
+            "reason": self.reason,
+            "sources": {str(rank): dataclasses.asdict(source) for rank, source in sorted(self.sources.items())},
+            "url": self.url,
+            "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
+            "poisoned": [dataclasses.asdict(poison) for poison in self.poisoned],
+        }
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Plan:
+        if fields["version"] != PLAN_VERSION:
+            raise ValueError(f"plan version {fields['version']} is not {PLAN_VERSION}")
+        return Plan(
+            generation=fields["generation"],
+            step=fields["step"],
+            tier=Tier(fields["tier"]),
+            reason=fields["reason"],
+            sources={int(rank): Source(**source) for rank, source in fields["sources"].items()},
+            url=fields["url"],
+            refused=tuple(Refusal(**refusal) for refusal in fields["refused"]),
+            poisoned=tuple(Poison(**poison) for poison in fields["poisoned"]),
+        )
+
+
+def pick(generation: int, inventories: Mapping[int, Inventory], known: Known) -> Plan:
+    """Chooses what `generation` restores.
+
+    Args:
+        generation: the generation that will act on the plan.
+        inventories: one per rank of the world; a rank that holds nothing has an empty one.
+        known: committed checkpoints, poison, and what earlier generations restored.
+    """
+    refused: list[Refusal] = []
+    on_disk = _best_committed(known, refused)
+    sources: dict[int, Source] = {}
+    step: int | None = None
+    for candidate, holders in _trusted_in_memory(inventories, known, refused):
+        if on_disk is not None and candidate < on_disk.step:
+            break
+        missing = [rank for rank in sorted(inventories) if rank not in holders]
+        refills = _refill(missing, holders, inventories)
+        if refills is not None:
+            step = candidate
+            sources = {
+                rank: Source(rank=giver, shm_dir=inventories[giver].shm_dir, slot=holders[giver].slot)
+                for rank in sorted(inventories)
+                for giver in [refills.get(rank, rank)]
+            }
+            break
+        refused.append(Refusal(step=candidate, reason=f"not held for {_ranks(missing)}"))
+
+    if step is not None:
+        borrowed = [rank for rank, source in sources.items() if source.rank != rank]
+        tier, url, reason = Tier.MEMORY, None, f"step {step} is the newest that all ranks have in memory"
+        if borrowed:
+            reason += f" ({_ranks(borrowed)} from a peer)"
+    elif on_disk is not None:
+        step, url, tier = on_disk.step, on_disk.url, Tier.CHECKPOINT
+        reason = f"step {step} is the newest committed checkpoint, and memory has nothing newer that is whole"
+    else:
+        url, tier, reason = None, Tier.NONE, "no step is whole in memory and no committed checkpoint is known"
+    newer = sorted({r for r in refused if step is None or r.step > step}, key=lambda r: (-r.step, r.reason))
+    return Plan(
+        generation=generation,
+        step=step,
+        tier=tier,
+        reason=reason,
+        sources=sources,
+        url=url,
+        refused=tuple(newer[:_MAX_REFUSALS]),
+        poisoned=known.poison,
+    )
+
+
+def _best_committed(known: Known, refused: list[Refusal]) -> Committed | None:
+    """The newest usable checkpoint; of several stores the one whose URL sorts first, so that the answer is one."""
+    best: Committed | None = None
+    for entry in known.committed:
+        why_not = known.refusal(entry.step, entry.generation, in_memory=False)
+        if why_not is None and not entry.certified:
+            why_not = "not certified"
+        if why_not is not None:
+            refused.append(Refusal(step=entry.step, reason=f"checkpoint {why_not}"))
+        elif best is None or (-entry.step, entry.url) < (-best.step, best.url):
+            best = entry
+    return best
+
+
+def _trusted_in_memory(
+    inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal]
+) -> Iterator[tuple[int, dict[int, Holding]]]:
+    """Steps of which some rank has a usable snapshot, newest first, each with the best one per rank."""
+    by_step: dict[int, dict[int, Holding]] = {}
+    for rank, inventory in inventories.items():
+        for holding in inventory.holdings:
+            why_not = known.refusal(holding.step, holding.generation, in_memory=True)
+            if why_not is None and not holding.trusted:
+                why_not = f"not certified on rank {rank}"
+            if why_not is not None:
+                refused.append(Refusal(step=holding.step, reason=why_not))
+                continue
+            holders = by_step.setdefault(holding.step, {})
+            held = holders.get(rank)
+            if held is None or holding.preference > held.preference:
+                holders[rank] = holding
+    for step in sorted(by_step, reverse=True):
+        yield step, by_step[step]
+
+
+def _refill(
+    missing: Iterable[int], holders: Mapping[int, Holding], inventories: Mapping[int, Inventory]
+) -> dict[int, int] | None:
+    """For each rank without the step a peer on its host that can stand in, or None when one has no such peer."""
+    givers: dict[str, list[int]] = {}
+    for rank in sorted(holders):
+        if holders[rank].replicated:
+            givers.setdefault(inventories[rank].host, []).append(rank)
+    refills: dict[int, int] = {}
+    for rank in missing:
+        peers = givers.get(inventories[rank].host)
+        if not peers:
+            return None
+        refills[rank] = peers[rank % len(peers)]  # spreads the reading over the peers
+    return refills
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > 8 else ''}"
