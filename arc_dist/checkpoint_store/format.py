@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import re
@@ -30,6 +31,7 @@ MAX_OBJECTS_BYTES = 256 << 20
 MAX_ATTEMPT_BYTES = 64 << 10
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_DIMS = 64
+_MAX_COMPARISONS = 4_000_000  # of parts of one tensor; a 1,000 x 1,000 mesh needs a quarter of it
 
 _STEP_DIRECTORY = re.compile(r"step-(\d{8,15})(?:\.g(\d{1,9})(?:-([0-9a-f]{8}))?)?")
 _FILE_NAME = re.compile(r"(?:rank-\d{5,9}\.(?:safetensors|json)|attempt\.json)")
@@ -126,6 +128,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def known_dtypes() -> tuple[str, ...]:
+    """The names of all dtypes that a checkpoint can hold."""
+    return tuple(_DTYPES)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The inverse of `dtype_name`, for the dtypes that a checkpoint can hold."""
     safetensors_dtype(name)
@@ -175,7 +182,7 @@ def digest_of(data: bytes | memoryview, algorithm: str = DEFAULT_HASH) -> str:
 
 
 def step_directory(step: int, *, generation: int | None = None, owner: str | None = None) -> str:
-    """``step-00001200``, and for another attempt at the same step ``step-00001200.g3`` or ``step-00001200.g3-<hash>``."""
+    """``step-00001200``; for another attempt at the same step ``step-00001200.g3``, ``step-00001200.g3-<hash>``."""
     name = f"step-{step:08d}"
     if generation is not None:
         name += f".g{generation}"
@@ -263,11 +270,19 @@ def uncovered(shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], tuple
     volume = sum(math.prod(size) for _, size in boxes)
     if volume != math.prod(shape):
         return f"its parts hold {volume} of {math.prod(shape)} elements"
-    ordered = sorted(boxes)
+    if not shape:
+        return None if len(boxes) == 1 else f"{len(boxes)} parts of a single number"
+    # Sorted along the dimension that is cut most often, a part is compared only with those that begin before it ends.
+    cut = max(range(len(shape)), key=lambda dim: len({offsets[dim] for offsets, _ in boxes}))
+    ordered = sorted((box for box in boxes if math.prod(box[1])), key=lambda box: box[0][cut])
+    comparisons = 0
     for index, (offsets, sizes) in enumerate(ordered):
-        for other_offsets, other_sizes in ordered[index + 1 :]:
-            if shape and other_offsets[0] >= offsets[0] + sizes[0]:
-                break  # sorted by the first dimension: nothing later can overlap
+        for other_offsets, other_sizes in itertools.islice(ordered, index + 1, None):
+            if other_offsets[cut] >= offsets[cut] + sizes[cut]:
+                break
+            comparisons += 1
+            if comparisons > _MAX_COMPARISONS:
+                return f"its {len(boxes)} parts are cut so that they cannot be checked in bounded time"
             if intersect(offsets, sizes, other_offsets, other_sizes) is not None:
                 return f"parts at {list(offsets)} and {list(other_offsets)} overlap"
     return None
@@ -278,9 +293,7 @@ def intersect(
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The common box of two boxes as (offsets, sizes); None when they share no element."""
     low = tuple(max(a, b) for a, b in zip(a_offsets, b_offsets, strict=True))
-    high = tuple(
-        min(a + n, b + m) for a, n, b, m in zip(a_offsets, a_sizes, b_offsets, b_sizes, strict=True)
-    )
+    high = tuple(min(a + n, b + m) for a, n, b, m in zip(a_offsets, a_sizes, b_offsets, b_sizes, strict=True))
     sizes = tuple(h - i for i, h in zip(low, high, strict=True))
     return None if any(size <= 0 for size in sizes) else (low, sizes)
 

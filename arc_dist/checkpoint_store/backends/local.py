@@ -1,0 +1,326 @@
+"""Directories of a mounted file system: local disks, tmpfs, NFS.
+
+The order of operations is the point of this file. A file's bytes are made durable before its name exists (write, fsync,
+rename or link), and its name before anything that refers to it (fsync of the directory).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+import uuid
+from pathlib import Path
+
+from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Source, store_error, translated
+from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreGone
+
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
+
+
+class LocalBackend:
+    """Files below one directory. Files and directories that it makes are private to the user (0600 and 0700)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+        self.capabilities = Capabilities(
+            exclusive_create=True, atomic_publish=True, durable=True, reserve=True, private=True
+        )
+
+    def prepare(self) -> None:
+        """Creates the root. Only the last directory of the path is created: a missing mount must not pass unnoticed."""
+        where = str(self.root)
+        if self.root.is_dir():
+            return
+        for parent in (self.root, *self.root.parents):
+            if parent.exists() and not parent.is_dir():
+                raise ConfigError(
+                    f"store {where}: {parent} is a file, not a directory. Name a directory for the checkpoints.",
+                    file=str(parent),
+                )
+        if not self.root.parent.is_dir():
+            raise StoreGone(
+                f"store {where}: {self.root.parent} does not exist. Create it (mkdir -p {self.root.parent}), or mount "
+                "what should be there.",
+                file=str(self.root.parent),
+            )
+        with translated("creating", where), contextlib.suppress(FileExistsError):
+            os.mkdir(self.root, 0o700)
+        self._sync(self.root.parent)
+
+    def make_directory(self, path: str) -> None:
+        self._make_directories(self._full(path))
+
+    def list(self, path: str) -> list[Entry]:
+        full = self._full(path)
+        with translated("listing", str(full)), os.scandir(full) as entries:
+            return [Entry(entry.name, entry.is_dir()) for entry in entries]
+
+    def exists(self, path: str) -> bool:
+        full = self._full(path)
+        try:
+            os.stat(full)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise store_error(error, "looking for", str(full)) from error
+        return True
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        source = self.open(path)
+        try:
+            if source.nbytes > max_bytes:
+                raise StoreCorrupt(
+                    f"{self._full(path)}: {source.nbytes} bytes, more than such a file can have ({max_bytes}).",
+                    file=path,
+                )
+            data = bytearray(source.nbytes)
+            source.read_into(0, memoryview(data))
+            return bytes(data)
+        finally:
+            source.close()
+
+    def open(self, path: str) -> Source:
+        full = self._full(path)
+        with translated("opening", str(full)):
+            # O_NONBLOCK: a named pipe put in a file's place must not block us; it has no effect on files.
+            return _LocalSource(full, os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+
+    def claim(self, directory: str, name: str, data: bytes) -> bool:
+        final = self._full(directory)
+        if final.exists():
+            return False
+        self._make_directories(final.parent)
+        draft = final.parent / f".claim-{uuid.uuid4().hex}"
+        with translated("creating", str(final)):
+            os.mkdir(draft, 0o700)
+            try:
+                _write_file(draft / name, data)
+                self._sync(draft)
+                os.rename(draft, final)  # refuses to replace a directory that holds anything
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft / name)
+                with contextlib.suppress(OSError):
+                    os.rmdir(draft)
+                if error.errno in _TAKEN:
+                    return False
+                raise
+            self._sync(final.parent)
+        return True
+
+    def create(self, path: str, nbytes: int, *, exclusive: bool) -> _LocalSink:
+        full = self._full(path)
+        with translated("creating", str(full)):
+            return _LocalSink(self, full, nbytes, exclusive)
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        final = self._full(path)
+        draft = _draft_name(final)
+        with translated("writing", str(final)):
+            try:
+                _write_file(draft, data)
+                created = publish_exclusively(draft, final)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(draft)
+            self._sync(final.parent)
+        return created
+
+    def remove(self, path: str) -> None:
+        full = self._full(path)
+        with translated("removing", str(full)), contextlib.suppress(FileNotFoundError):
+            os.unlink(full)
+
+    def remove_directory(self, path: str) -> None:
+        full = self._full(path)
+        with translated("removing", str(full)), contextlib.suppress(FileNotFoundError):
+            os.rmdir(full)
+
+    def sync_directory(self, path: str) -> None:
+        full = self._full(path)
+        with translated("syncing", str(full)):
+            self._sync(full)
+
+    def _full(self, path: str) -> Path:
+        return self.root / path if path else self.root
+
+    def _make_directories(self, directory: Path) -> None:
+        """Creates the missing directories below the root; never the root itself, which may be an absent mount."""
+        if directory == self.root or directory.is_dir():
+            return
+        if directory.exists():
+            raise ConfigError(
+                f"{directory} is a file, not a directory. Name another run or directory.", file=str(directory)
+            )
+        self._make_directories(directory.parent)
+        with translated("creating", str(directory)), contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+            self._sync(directory.parent)
+
+    def _sync(self, directory: Path) -> None:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Some network and FUSE file systems know no fsync of a directory and keep names durable by themselves.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+class _LocalSink:
+    def __init__(self, backend: LocalBackend, final: Path, nbytes: int, exclusive: bool) -> None:
+        self._backend = backend
+        self._final = final
+        self._exclusive = exclusive
+        self._draft = _draft_name(final)
+        self._descriptor: int | None = os.open(
+            self._draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        try:
+            _reserve(self._descriptor, nbytes)
+        except OSError:
+            self.discard()
+            raise
+
+    def write(self, data: memoryview) -> None:
+        assert self._descriptor is not None
+        with translated("writing", str(self._final)):
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+
+    def publish(self) -> None:
+        assert self._descriptor is not None
+        with translated("writing", str(self._final)):
+            # After a failed fsync the kernel may have dropped the pages: never tried again on this descriptor.
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)  # NFS reports a full disk here at the latest
+            self._descriptor = None
+            if not self._exclusive:
+                os.rename(self._draft, self._final)
+            elif not publish_exclusively(self._draft, self._final):
+                self.discard()
+                raise Fenced(
+                    f"{self._final} exists already: another process writes this attempt at the step. Two runs must "
+                    "not share one run name.",
+                    file=str(self._final),
+                )
+            else:
+                os.unlink(self._draft)
+            self._backend._sync(self._final.parent)  # pyright: ignore[reportPrivateUsage]
+
+    def discard(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+        with contextlib.suppress(OSError):
+            os.unlink(self._draft)
+
+
+class _LocalSource:
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor: int | None = descriptor
+        try:
+            state = os.fstat(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
+        if not stat.S_ISREG(state.st_mode):
+            os.close(descriptor)
+            raise StoreCorrupt(f"{path}: not a plain file. Restore it from a copy, or remove the step.", file=str(path))
+        self.nbytes = state.st_size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        assert self._descriptor is not None
+        with translated("reading", str(self._path)):
+            while buffer:
+                count = os.preadv(self._descriptor, [buffer], offset)
+                if count == 0:
+                    raise StoreCorrupt(
+                        f"{self._path}: ends at byte {offset}, earlier than its manifest says.", file=str(self._path)
+                    )
+                offset += count
+                buffer = buffer[count:]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def publish_exclusively(draft: Path, final: Path) -> bool:
+    """Gives a finished file its name if the name is free; False when it is taken. The draft may stay behind.
+
+    A hard link is refused by the server itself when the name exists, on NFS too. File systems without hard links
+    (FUSE over object stores, SMB) get the same from an O_EXCL claim beside the name: its one owner may rename. A crash
+    between the two leaves a claim without a file, so this attempt can never be committed, which is safe.
+    """
+    try:
+        os.link(draft, final)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    else:
+        return True
+    claim = final.with_name(final.name + ".claim")
+    try:
+        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return False
+    if final.exists():
+        os.unlink(claim)
+        return False
+    os.rename(draft, final)
+    _write_file(draft, b"")  # callers unlink the draft
+    return True
+
+
+def _draft_name(final: Path) -> Path:
+    # Must not end in .safetensors: stock readers take every such file in the directory.
+    return final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    except OSError:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    os.close(descriptor)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Reserves space, so that a full disk is met before the first byte is written and not in the middle.
+
+    glibc's posix_fallocate writes to every block where a file system has no such call (NFSv3); the system call itself
+    says so instead, and then nothing is reserved.
+    """
+    if nbytes == 0:
+        return
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None:
+        return
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while fallocate(descriptor, 0, 0, nbytes) != 0:
+        code = ctypes.get_errno()
+        if code == errno.EINTR:
+            continue
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        raise OSError(code, os.strerror(code))

@@ -1,0 +1,199 @@
+"""What a run holds: its committed steps, read from their manifests, and their removal."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+
+from arc_dist.checkpoint_store.backends import Backend
+from arc_dist.checkpoint_store.format import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    is_file_name,
+    step_of_directory,
+)
+from arc_dist.checkpoint_store.manifest import Manifest, parse_manifest
+from arc_dist.checkpoint_store.reader import Checkpoint
+from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
+
+_log = logging.getLogger(__name__)
+_MIN_KEEP = 2
+_NUM_READERS = 8  # manifests read at once; a request to an object store takes tens of milliseconds
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepInfo:
+    """A committed step, as listed.
+
+    Attributes:
+        directory: its name below the run.
+        committed_at: seconds since 1970.
+        nbytes: of all its files.
+        problem: why its manifest cannot be used; None when it can. The files are not looked at.
+        newer_format: the problem is that this version is too old to read it.
+    """
+
+    step: int
+    directory: str
+    world_size: int = 0
+    generation: int = 0
+    certified: bool = False
+    committed_at: float = 0.0
+    nbytes: int = 0
+    num_tensors: int = 0
+    problem: str | None = None
+    newer_format: bool = False
+
+
+class Catalog:
+    """The committed steps of one run."""
+
+    def __init__(self, backend: Backend, run: str) -> None:
+        self._backend = backend
+        self._run = run
+        self._warned: set[str] = set()
+
+    def directories(self) -> list[str]:
+        """Names of the directories that hold a manifest, sound or not. One listing, and one look per directory."""
+        try:
+            entries = self._backend.list(self._run)
+        except StoreGone:
+            if self._backend.exists(""):
+                return []  # a run that has not begun
+            raise
+        names = [e.name for e in entries if e.is_directory and step_of_directory(e.name) is not None]
+        return sorted(name for name in names if self._backend.exists(f"{self._run}/{name}/{MANIFEST_NAME}"))
+
+    def manifest(self, directory: str) -> Manifest:
+        """The verified manifest in a directory."""
+        path = f"{self._run}/{directory}/{MANIFEST_NAME}"
+        where = f"{self._backend.url.rstrip('/')}/{path}"
+        return parse_manifest(self._backend.read(path, MAX_MANIFEST_BYTES), where, directory)
+
+    def info(self, directory: str) -> StepInfo:
+        """What a manifest says, or what is wrong with it. Errors that may pass (network, rights) are raised."""
+        step = step_of_directory(directory)
+        assert step is not None
+        try:
+            m = self.manifest(directory)
+        except (StoreCorrupt, StoreGone) as error:
+            return StepInfo(step=step, directory=directory, problem=error.message)
+        except CheckpointMismatch as error:
+            return StepInfo(step=step, directory=directory, problem=error.message, newer_format=True)
+        return StepInfo(
+            step=step,
+            directory=directory,
+            world_size=m.world_size,
+            generation=m.generation,
+            certified=m.certified,
+            committed_at=m.committed_at,
+            nbytes=m.nbytes,
+            num_tensors=len(m.tensors),
+        )
+
+    def steps(self, *, include_damaged: bool) -> list[StepInfo]:
+        """See `Store.steps`."""
+        directories = self.directories()
+        with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+            infos = list(pool.map(self.info, directories))
+        sound: dict[int, StepInfo] = {}
+        for info in infos:
+            if info.problem is None and (info.step not in sound or order(info) > order(sound[info.step])):
+                sound[info.step] = info
+        damaged = [info for info in infos if info.problem is not None]
+        for info in damaged:
+            self._pass_over(info, refuse_newer=not include_damaged)
+        chosen = [*sound.values(), *(damaged if include_damaged else [])]
+        return sorted(chosen, key=lambda info: (info.step, info.directory))
+
+    def newest(self, *, certified: bool, below: int | None) -> StepInfo | None:
+        """See `Store.newest`."""
+        by_step: dict[int, list[str]] = {}
+        for directory in self.directories():
+            step = step_of_directory(directory)
+            if step is not None and (below is None or step < below):
+                by_step.setdefault(step, []).append(directory)
+        for step in sorted(by_step, reverse=True):
+            infos = [self.info(directory) for directory in by_step[step]]
+            for info in infos:
+                self._pass_over(info, refuse_newer=True)
+            usable = [info for info in infos if info.problem is None and (info.certified or not certified)]
+            if usable:
+                return max(usable, key=order)
+        return None
+
+    def open(self, step: int, directory: str | None) -> Checkpoint:
+        """See `Store.open`."""
+        present = self.directories()
+        names = [name for name in present if step_of_directory(name) == step and directory in (None, name)]
+        if not names:
+            steps = sorted({s for s in map(step_of_directory, present) if s is not None})
+            raise StoreGone(
+                f"store {self._backend.url}: run {self._run} has no committed step {step}. It has: "
+                f"{', '.join(map(str, steps[-10:])) or 'none'}.",
+                step=step,
+            )
+        manifests: list[Manifest] = []
+        problem: StoreError | None = None
+        for name in names:
+            try:
+                manifests.append(self.manifest(name))
+            except (StoreCorrupt, CheckpointMismatch) as error:
+                problem = error
+        if not manifests:
+            assert problem is not None
+            raise problem
+        manifest = max(manifests, key=order)
+        return Checkpoint(self._backend, f"{self._run}/{manifest.directory}", manifest)
+
+    def prune(self, keep_last: int) -> list[int]:
+        """See `Store.prune`."""
+        if keep_last < _MIN_KEEP:
+            raise ConfigError(
+                f"prune(keep_last={keep_last}): at least {_MIN_KEEP} are kept. With one, a damaged newest checkpoint "
+                "would leave nothing to restore."
+            )
+        infos = [self.info(directory) for directory in self.directories()]
+        certified = sorted({info.step for info in infos if info.certified})
+        if len(certified) <= keep_last:
+            return []
+        limit = certified[-keep_last]
+        removed: set[int] = set()
+        for info in sorted(infos, key=lambda i: i.step):
+            if info.problem is None and info.step < limit:
+                self.delete(info.directory)
+                removed.add(info.step)
+        return sorted(removed)
+
+    def delete(self, directory: str) -> None:
+        """Removes a step: the manifest first, durably, so that a half-removed step is no checkpoint."""
+        path = f"{self._run}/{directory}"
+        self._backend.remove(f"{path}/{MANIFEST_NAME}")
+        self._backend.sync_directory(path)
+        foreign: list[str] = []
+        for entry in self._backend.list(path):
+            if is_file_name(entry.name) or entry.name.startswith((".", MANIFEST_NAME)):
+                self._backend.remove(f"{path}/{entry.name}")
+            else:
+                foreign.append(entry.name)
+        if foreign:
+            _log.warning("%s: left in place, it holds files that are not ours: %s", path, foreign[:10])
+        else:
+            self._backend.remove_directory(path)
+        self._backend.sync_directory(self._run)
+
+    def _pass_over(self, info: StepInfo, *, refuse_newer: bool) -> None:
+        """Says once that a step cannot be used. A newer format is no damage: going on without it would lose work."""
+        if info.problem is None:
+            return
+        if info.newer_format and refuse_newer:
+            raise CheckpointMismatch(info.problem, step=info.step)
+        if info.directory not in self._warned:
+            self._warned.add(info.directory)
+            _log.warning("the checkpoint of step %d is passed over: %s", info.step, info.problem)
+
+
+def order(item: StepInfo | Manifest) -> tuple[float, int]:
+    """Sorts commits of one step: the newest last."""
+    return (item.committed_at, item.generation)

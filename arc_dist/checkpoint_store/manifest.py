@@ -1,0 +1,390 @@
+"""The manifest: what a committed step consists of. It is written last and exclusively, so it is the commit.
+
+It is JSON for people (one tensor per line) and closed by a line with its own digest, so that no byte of it can change
+unnoticed. Whatever it says is checked before it is used: it may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from arc_dist.checkpoint_store.format import (
+    ATTEMPT_NAME,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    TensorSpec,
+    digest_of,
+    is_file_name,
+    is_known_dtype,
+    itemsize,
+    new_hash,
+    parse_json,
+    shard_name,
+    step_of_directory,
+    uncovered,
+)
+from arc_dist.errors import CheckpointMismatch, StoreCorrupt
+
+_TAIL = re.compile(rb',\n"manifest_digest": "sha256:([0-9a-f]{64})"\n}\n\Z')
+_TAIL_BYTES = len(b',\n"manifest_digest": "sha256:"\n}\n') + 64
+_HEX = re.compile(r"[0-9a-f]{32,128}")
+_MAX_INT = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """A file of the step.
+
+    Attributes:
+        kind: ``"tensors"``, ``"objects"`` or ``"attempt"``.
+        digest: of the whole file; for a file of tensors of its header alone (its first `header_nbytes` bytes), since
+            every tensor behind it has a digest of its own.
+        header_nbytes: 0 unless `kind` is ``"tensors"``.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    nbytes: int
+    digest: str
+    header_nbytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A saved part of a tensor: where it lies in the tensor, and where its bytes lie."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """A tensor of the state with all its saved parts."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    def spec(self) -> TensorSpec:
+        """The spec that asks for the whole tensor."""
+        return TensorSpec(self.name, self.dtype, self.shape, self.shape, (0,) * len(self.shape), True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A committed step."""
+
+    step: int
+    generation: int
+    owner: str
+    world_size: int
+    certified: bool
+    committed_at: float  # seconds since 1970; grows with every commit of the same step
+    directory: str
+    hash: str
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorEntry, ...]
+    meta: Mapping[str, Any]
+    versions: Mapping[str, str]
+    hosts: Mapping[str, str]
+    parent: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, the manifest apart."""
+        return sum(file.nbytes for file in self.files)
+
+    def same_content(self, other: Manifest) -> bool:
+        """Whether both commit the same attempt with the same bytes (a commit that was sent twice)."""
+        keys = ("step", "generation", "owner", "world_size", "directory", "hash", "files", "tensors")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+    def to_bytes(self) -> bytes:
+        """The file's content, closed by the line with its digest."""
+        head: dict[str, Any] = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
+        head.update({k: getattr(self, k) for k in _SCALARS})
+        head.update({"parent": self.parent, "versions": dict(self.versions), "hosts": dict(self.hosts)})
+        head["meta"] = dict(self.meta)
+        lines = [f"{json.dumps(key)}: {_dumps(value)}" for key, value in head.items()]
+        lines.append('"files": [\n' + ",\n".join(" " + _dumps(dataclasses.asdict(f)) for f in self.files) + "\n]")
+        rows = [f" {json.dumps(t.name)}: {_dumps(_tensor_row(t))}" for t in self.tensors]
+        lines.append('"tensors": {\n' + ",\n".join(rows) + "\n}")
+        body = ("{\n" + ",\n".join(lines)).encode()
+        return body + f',\n"manifest_digest": "sha256:{digest_of(body)}"\n}}\n'.encode()
+
+
+_SCALARS = ("step", "generation", "owner", "world_size", "certified", "committed_at", "directory", "hash")
+
+
+def parse_manifest(data: bytes, where: str, directory: str) -> Manifest:
+    """Reads and checks a manifest.
+
+    Args:
+        data: the file's content.
+        where: its path, for messages.
+        directory: the name of the directory it was found in; a manifest of another directory is refused.
+
+    Raises:
+        StoreCorrupt: a byte was altered, or what it says cannot be true.
+        CheckpointMismatch: it has a newer format, or a hash that is not known here.
+    """
+    tail = _TAIL.search(data[-_TAIL_BYTES:])
+    if tail is None:
+        raise StoreCorrupt(f"{where}: does not end with its digest: torn or altered. {_REMEDY}", file=where)
+    if digest_of(memoryview(data)[:-_TAIL_BYTES]) != tail.group(1).decode():
+        raise StoreCorrupt(f"{where}: its bytes differ from its digest. {_REMEDY}", file=where)
+    fields = parse_json(data, where)
+    if not isinstance(fields, dict) or cast("dict[str, Any]", fields).get("format") != FORMAT_NAME:
+        raise StoreCorrupt(f"{where}: not a manifest of a checkpoint. {_REMEDY}", file=where)
+    checked = Fields(cast("dict[str, Any]", fields), where)
+    version = checked.integer("version")
+    if version > FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"{where}: format version {version}, newer than {FORMAT_VERSION}, the newest that this version reads. "
+            "Upgrade arc-dist.",
+            file=where,
+            version=version,
+        )
+    manifest = _manifest(checked)
+    new_hash(manifest.hash)
+    if manifest.directory != directory or step_of_directory(directory) != manifest.step:
+        raise StoreCorrupt(
+            f"{where}: it is the manifest of step {manifest.step} in {manifest.directory}, not of {directory}. "
+            f"{_REMEDY}",
+            file=where,
+        )
+    _check_files(manifest, where)
+    return manifest
+
+
+_REMEDY = "Restore an older step, or this one from a copy."
+
+
+class Fields:
+    """Typed access to the fields of a JSON object; each refusal names the place."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.fields = fields
+        self.where = where
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.fields.get(key, default)
+        if type(value) is not int or not 0 <= value < _MAX_INT:
+            raise self.wrong(key, value)
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.fields.get(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, value)
+        return value
+
+    def digest(self, key: str) -> str:
+        value = self.text(key)
+        if not _HEX.fullmatch(value):
+            raise self.wrong(key, value)
+        return value
+
+    def dims(self, key: str) -> tuple[int, ...]:
+        value = self.fields.get(key)
+        items = cast("list[Any]", value) if isinstance(value, list) else None
+        if items is None or len(items) > MAX_DIMS or not all(type(n) is int and 0 <= n < _MAX_INT for n in items):
+            raise self.wrong(key, cast("object", value))
+        return tuple(cast("list[int]", items))
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self.fields.get(key)
+        if not isinstance(value, dict):
+            raise self.wrong(key, value)
+        return cast("dict[str, Any]", value)
+
+    def rows(self, key: str) -> list[Fields]:
+        value = self.fields.get(key)
+        if not isinstance(value, list):
+            raise self.wrong(key, value)
+        return [self.inner(row, f"{key}[{i}]") for i, row in enumerate(cast("list[Any]", value))]
+
+    def inner(self, value: object, name: str) -> Fields:
+        if not isinstance(value, dict):
+            raise self.wrong(name, value)
+        return Fields(cast("dict[str, Any]", value), f"{self.where}: {name}")
+
+    def wrong(self, key: str, value: object) -> StoreCorrupt:
+        return StoreCorrupt(f"{self.where}: {key} is {str(value)[:100]!r}, which cannot be. {_REMEDY}", file=self.where)
+
+
+def _manifest(fields: Fields) -> Manifest:
+    committed_at = fields.fields.get("committed_at")
+    certified = fields.fields.get("certified")
+    parent = fields.fields.get("parent")
+    if not isinstance(committed_at, (int, float)) or not math.isfinite(committed_at):
+        raise fields.wrong("committed_at", committed_at)
+    if not isinstance(certified, bool):
+        raise fields.wrong("certified", certified)
+    world_size = fields.integer("world_size")
+    if world_size < 1:
+        raise fields.wrong("world_size", world_size)
+    return Manifest(
+        step=fields.integer("step"),
+        generation=fields.integer("generation"),
+        owner=fields.text("owner"),
+        world_size=world_size,
+        certified=certified,
+        committed_at=float(committed_at),
+        directory=fields.text("directory"),
+        hash=fields.text("hash"),
+        files=tuple(file_entry(row) for row in fields.rows("files")),
+        tensors=tuple(_tensor_entry(name, row, fields) for name, row in fields.mapping("tensors").items()),
+        meta=fields.mapping("meta"),
+        versions={str(k): str(v) for k, v in fields.mapping("versions").items()},
+        hosts={str(k): str(v) for k, v in fields.mapping("hosts").items()},
+        parent=None if parent is None else fields.integer("parent"),
+    )
+
+
+def file_entry(fields: Fields) -> FileEntry:
+    """A checked file entry of a manifest or of a rank's part."""
+    name, kind = fields.text("name"), fields.text("kind")
+    if not is_file_name(name):
+        raise fields.wrong("name", name)
+    suffix = {"tensors": ".safetensors", "objects": ".json", "attempt": ATTEMPT_NAME}.get(kind)
+    if suffix is None or not name.endswith(suffix):
+        raise fields.wrong("kind", kind)
+    entry = FileEntry(
+        name=name,
+        kind=kind,
+        rank=fields.integer("rank"),
+        nbytes=fields.integer("nbytes"),
+        digest=fields.digest("digest"),
+        header_nbytes=fields.integer("header_nbytes", 0),
+    )
+    if (kind == "tensors") != (8 <= entry.header_nbytes <= MAX_HEADER_BYTES) or entry.header_nbytes > entry.nbytes:
+        raise fields.wrong("header_nbytes", entry.header_nbytes)
+    return entry
+
+
+def chunk_entry(fields: Fields, dtype: str, shape: tuple[int, ...]) -> Chunk:
+    """A checked part of a tensor."""
+    chunk = Chunk(
+        offsets=fields.dims("offsets"),
+        shape=fields.dims("shape"),
+        file=fields.text("file"),
+        start=fields.integer("start"),
+        nbytes=fields.integer("nbytes"),
+        digest=fields.digest("digest"),
+    )
+    if not len(shape) == len(chunk.offsets) == len(chunk.shape):
+        raise fields.wrong("offsets", chunk.offsets)
+    if any(o + n > g for o, n, g in zip(chunk.offsets, chunk.shape, shape, strict=True)):
+        raise fields.wrong("shape", chunk.shape)
+    if math.prod(chunk.shape) * itemsize(dtype) != chunk.nbytes:
+        raise fields.wrong("nbytes", chunk.nbytes)
+    return chunk
+
+
+def tensor_head(fields: Fields) -> tuple[str, tuple[int, ...]]:
+    """The checked (dtype, whole shape) of a tensor."""
+    dtype = fields.text("dtype")
+    if not is_known_dtype(dtype):
+        raise CheckpointMismatch(f"{fields.where}: dtype {dtype[:40]!r} is not known here. Upgrade arc-dist.")
+    return dtype, fields.dims("global_shape")
+
+
+def _tensor_entry(name: str, row: object, fields: Fields) -> TensorEntry:
+    inner = fields.inner(row, f"tensor {name[:200]}")
+    dtype, shape = tensor_head(inner)
+    chunks = tuple(chunk_entry(chunk, dtype, shape) for chunk in inner.rows("chunks"))
+    entry = TensorEntry(name=name, dtype=dtype, shape=shape, chunks=chunks)
+    problem = coverage_problem(entry)
+    if problem:
+        raise StoreCorrupt(f"{inner.where}: {problem}. {_REMEDY}", file=fields.where, tensor=name)
+    return entry
+
+
+def coverage_problem(tensor: TensorEntry) -> str | None:
+    """What is wrong with the parts of a tensor: a hole, an overlap, copies that differ; None when they are whole."""
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk] = {}
+    for chunk in tensor.chunks:
+        copy = boxes.setdefault((chunk.offsets, chunk.shape), chunk)
+        if copy.digest != chunk.digest:
+            return f"its copies in {copy.file} and {chunk.file} differ"
+    if not tensor.chunks:
+        return "no part of it was written"
+    return uncovered(tensor.shape, list(boxes))
+
+
+def _check_files(manifest: Manifest, where: str) -> None:
+    """Every rank has its files, and in a file of tensors every byte belongs to the header or to one tensor."""
+    files = {file.name: file for file in manifest.files}
+    if len(files) != len(manifest.files):
+        raise StoreCorrupt(f"{where}: names a file twice. {_REMEDY}", file=where)
+    ranks = {kind: {f.rank for f in manifest.files if f.kind == kind} for kind in ("tensors", "objects")}
+    if any(found != set(range(manifest.world_size)) for found in ranks.values()):
+        raise StoreCorrupt(f"{where}: does not name the files of {manifest.world_size} ranks. {_REMEDY}", file=where)
+    problem = segments_problem(files, manifest.tensors)
+    if problem:
+        raise StoreCorrupt(f"{where}: {problem}. {_REMEDY}", file=where)
+
+
+def segments_problem(files: Mapping[str, FileEntry], tensors: Sequence[TensorEntry]) -> str | None:
+    """Checks that tensors tile the files behind their headers: no gap, no overlap, nothing beyond the end."""
+    segments: dict[str, list[tuple[int, int]]] = {f.name: [] for f in files.values() if f.kind == "tensors"}
+    for tensor in tensors:
+        for chunk in tensor.chunks:
+            if chunk.file not in segments:
+                return f"tensor {tensor.name[:200]} lies in {chunk.file[:200]!r}, which is not one of its files"
+            segments[chunk.file].append((chunk.start, chunk.nbytes))
+    for name, parts in segments.items():
+        end = files[name].header_nbytes
+        for start, nbytes in sorted(parts):
+            if start != end:
+                return f"{name}: bytes {min(start, end)} to {max(start, end)} belong to no tensor or to two"
+            end += nbytes
+        if end != files[name].nbytes:
+            return f"{name}: {files[name].nbytes} bytes, but its tensors end at {end}"
+        if name != shard_name(files[name].rank):
+            return f"{name}: belongs to rank {files[name].rank}"
+    return None
+
+
+def fields_of(value: object, where: str) -> Fields:
+    """Typed access to a JSON object from outside."""
+    return Fields({}, where).inner(value, "content")
+
+
+def _tensor_row(tensor: TensorEntry) -> dict[str, Any]:
+    chunks = [{**dataclasses.asdict(c), "offsets": list(c.offsets), "shape": list(c.shape)} for c in tensor.chunks]
+    return {"dtype": tensor.dtype, "global_shape": list(tensor.shape), "chunks": chunks}
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+__all__ = [
+    "Fields",
+    "Chunk",
+    "FileEntry",
+    "Manifest",
+    "TensorEntry",
+    "chunk_entry",
+    "coverage_problem",
+    "fields_of",
+    "file_entry",
+    "parse_manifest",
+    "segments_problem",
+    "tensor_head",
+]

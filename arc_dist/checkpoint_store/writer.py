@@ -1,0 +1,228 @@
+"""Writes one rank's part of a step: its tensors and its objects, hashed on the way out.
+
+The buffers are read once and never copied whole: a block is written while another thread hashes it, so the file costs
+about as much as a plain write. Nothing written here is a checkpoint yet; only the manifest makes it one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from arc_dist.checkpoint_store.backends import Backend, Sink
+from arc_dist.checkpoint_store.buffers import as_bytes, plain
+from arc_dist.checkpoint_store.format import (
+    DEFAULT_HASH,
+    FORMAT_VERSION,
+    MAX_OBJECTS_BYTES,
+    ShardTensor,
+    assign_writers,
+    digest_of,
+    dtype_name,
+    is_written_once,
+    new_hash,
+    objects_name,
+    replicated_digest,
+    shard_name,
+)
+from arc_dist.checkpoint_store.shard import build_header, file_order_key
+from arc_dist.errors import ConfigError, StoreError
+
+_BLOCK_BYTES = 4 << 20  # between two looks at should_abort; small enough to stay in the cache for the hash
+
+_SMALL_BYTES = 64 << 10  # below this, handing a block to the other thread costs more than hashing it
+
+
+class SaveAborted(StoreError):
+    """The save was given up on request; what it had written is removed."""
+
+
+def select(tensors: Sequence[ShardTensor], rank: int, world_size: int) -> list[ShardTensor]:
+    """What this rank writes: its shards that hold anything, and its share of what is written once.
+
+    Raises:
+        ConfigError: a spec that contradicts itself or its tensor.
+    """
+    writers = assign_writers((t.spec for t in tensors), world_size)
+    chosen: list[ShardTensor] = []
+    names: set[str] = set()
+    for tensor in tensors:
+        spec = tensor.spec
+        spec.check()
+        if spec.name in names:
+            raise ConfigError(f"tensor {spec.name} appears twice in the state of one rank. Give each its own name.")
+        names.add(spec.name)
+        if tuple(tensor.data.shape) != tuple(spec.shape) or dtype_name(tensor.data.dtype) != spec.dtype:
+            raise ConfigError(
+                f"tensor {spec.name}: its data is {dtype_name(tensor.data.dtype)} {list(tensor.data.shape)}, its spec "
+                f"says {spec.dtype} {list(spec.shape)}. Make the specs anew after changing the state.",
+                tensor=spec.name,
+            )
+        # An empty shard (uneven sharding) is left out: it holds no byte, and readers see the whole from the others.
+        mine = writers[spec.name] == rank if is_written_once(spec) else math.prod(spec.shape) > 0
+        if mine:
+            chosen.append(tensor)
+    return chosen
+
+
+def write_rank(
+    backend: Backend,
+    directory: str,
+    *,
+    step: int,
+    generation: int,
+    owner: str,
+    rank: int,
+    world_size: int,
+    tensors: Sequence[ShardTensor],
+    objects: Mapping[str, Any],
+    should_abort: Callable[[], bool] | None,
+) -> dict[str, Any]:
+    """Writes the rank's two files into a claimed directory; returns the rank's part of the manifest (JSON-able).
+
+    Raises:
+        SaveAborted: `should_abort` said so.
+        Fenced: another process has written this rank's files in this attempt.
+        StoreError: see `arc_dist.errors`; nothing of the part is left behind.
+        ConfigError: the state cannot be stored.
+    """
+    mine = sorted(select(tensors, rank, world_size), key=lambda t: file_order_key(t.spec))
+    specs = [t.spec for t in mine]
+    header = build_header(specs)
+    objects_bytes = _objects_bytes(step, rank, objects)
+    published: list[str] = []
+    try:
+        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, should_abort)
+        published.append(shard_name(rank))
+        _write_whole(backend, f"{directory}/{objects_name(rank)}", objects_bytes)
+        published.append(objects_name(rank))
+        _check_abort(should_abort)
+    except BaseException:
+        for name in published:
+            with contextlib.suppress(StoreError):  # the error that led here is the one to tell
+                backend.remove(f"{directory}/{name}")
+        raise
+    rows: list[dict[str, Any]] = []
+    start = len(header)
+    for spec, digest in zip(specs, digests, strict=True):
+        rows.append(
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "global_shape": list(spec.global_shape),
+                "offsets": list(spec.offsets),
+                "shape": list(spec.shape),
+                "file": shard_name(rank),
+                "start": start,
+                "nbytes": spec.nbytes,
+                "digest": digest,
+            }
+        )
+        start += spec.nbytes
+    return {
+        "version": FORMAT_VERSION,
+        "step": step,
+        "generation": generation,
+        "owner": owner,
+        "rank": rank,
+        "world_size": world_size,
+        "directory": directory.rsplit("/", 1)[-1],
+        "hash": DEFAULT_HASH,
+        "host": socket.gethostname(),
+        "replicated": replicated_digest(t.spec for t in tensors),
+        "files": [
+            _file_row(shard_name(rank), "tensors", rank, start, digest_of(header), len(header)),
+            _file_row(objects_name(rank), "objects", rank, len(objects_bytes), digest_of(objects_bytes), 0),
+        ],
+        "tensors": rows,
+    }
+
+
+def _file_row(name: str, kind: str, rank: int, nbytes: int, digest: str, header: int) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "rank": rank, "nbytes": nbytes, "digest": digest, "header_nbytes": header}
+
+
+def _objects_bytes(step: int, rank: int, objects: Mapping[str, Any]) -> bytes:
+    content = {"version": FORMAT_VERSION, "step": step, "rank": rank, "objects": dict(objects)}
+    try:
+        data = (json.dumps(content, allow_nan=False, indent=1) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"rank {rank}: the objects of step {step} are not JSON: {str(error)[:200]}. Encode them with "
+            "checkpoint_store.codec.encode."
+        ) from error
+    if len(data) > MAX_OBJECTS_BYTES:
+        raise ConfigError(
+            f"rank {rank}: the objects of step {step} make {len(data)} bytes, more than {MAX_OBJECTS_BYTES}. Store "
+            "large data as tensors."
+        )
+    return data
+
+
+def _write_shard(
+    backend: Backend,
+    path: str,
+    header: bytes,
+    tensors: Sequence[ShardTensor],
+    should_abort: Callable[[], bool] | None,
+) -> list[str]:
+    nbytes = len(header) + sum(t.spec.nbytes for t in tensors)
+    _check_abort(should_abort)
+    sink = backend.create(path, nbytes, exclusive=True)
+    digests: list[str] = []
+    try:
+        sink.write(memoryview(header))
+        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
+            for tensor in tensors:
+                digests.append(_stream(sink, pool, tensor, should_abort))
+        sink.publish()
+    except BaseException:
+        sink.discard()
+        raise
+    return digests
+
+
+def _stream(
+    sink: Sink,
+    pool: concurrent.futures.Executor,
+    tensor: ShardTensor,
+    should_abort: Callable[[], bool] | None,
+) -> str:
+    """Writes one tensor's bytes while `pool` hashes them; returns the digest."""
+    data = plain(tensor.data)  # the tensor itself in the usual case; kept alive while its memory is viewed
+    view = as_bytes(data)
+    hasher = new_hash(DEFAULT_HASH)
+    if len(view) <= _SMALL_BYTES:
+        _check_abort(should_abort)
+        hasher.update(view)
+        sink.write(view)
+        return hasher.hexdigest()
+    for begin in range(0, len(view), _BLOCK_BYTES):
+        _check_abort(should_abort)
+        block = view[begin : begin + _BLOCK_BYTES]
+        hashing = pool.submit(hasher.update, block)
+        try:
+            sink.write(block)
+        finally:
+            hashing.result()
+    return hasher.hexdigest()
+
+
+def _write_whole(backend: Backend, path: str, data: bytes) -> None:
+    sink = backend.create(path, len(data), exclusive=True)
+    try:
+        sink.write(memoryview(data))
+        sink.publish()
+    except BaseException:
+        sink.discard()
+        raise
+
+
+def _check_abort(should_abort: Callable[[], bool] | None) -> None:
+    if should_abort is not None and should_abort():
+        raise SaveAborted("the save was aborted on request; its files are removed. The next save goes on as usual.")
