@@ -1,0 +1,171 @@
+"""The state of all random generators of a process: python, numpy, torch, CUDA. Captured at every step, so it is cheap.
+
+Measured on one core: about 10 us in all, of which python's `random` takes 9; numpy's own ``get_state`` would take 33
+more, so its raw words (0.5 us) tell whether it has moved since the last call, and the last answer is used if not.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import random
+import struct
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from arc_dist.errors import ConfigError
+
+_PYTHON_WORDS = struct.Struct("<625I")
+_SIZES = struct.Struct("<II")  # of the head and of numpy's state
+_PYTHON_VERSION = 3  # of random.getstate(); the only one since Python 3.2
+_MT19937_BYTES = 625 * 4  # 624 words of key and the position
+
+
+class RngState(NamedTuple):
+    """A point in all random sequences. Treat it as opaque; `pack_rng` makes bytes of it.
+
+    Attributes:
+        python: of `random.getstate()`.
+        numpy: of ``numpy.random.get_state(legacy=False)``; None when numpy was not imported.
+        torch: of the CPU generator, uint8.
+        cuda: of each CUDA device's generator, uint8 on the CPU; empty when CUDA was not initialised.
+    """
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any] | None
+    torch: torch.Tensor
+    cuda: tuple[torch.Tensor, ...]
+
+
+def capture_rng() -> RngState:
+    """The present point in all random sequences of this process."""
+    cuda = torch.cuda
+    return RngState(
+        random.getstate(),
+        _capture_numpy() if "numpy" in sys.modules else None,
+        torch.default_generator.get_state(),
+        tuple(cuda.get_rng_state_all()) if cuda.is_initialized() else (),
+    )
+
+
+def restore_rng(state: RngState | bytes) -> None:
+    """Goes back to a captured point. numpy is left alone when it had not been imported then.
+
+    Raises:
+        ConfigError: the state is of another number of CUDA devices than this process has.
+    """
+    if not isinstance(state, RngState):
+        state = unpack_rng(state)
+    random.setstate(state.python)
+    if state.numpy is not None:
+        import numpy as np
+
+        np.random.set_state(state.numpy)
+    torch.default_generator.set_state(state.torch)
+    if state.cuda:
+        if len(state.cuda) != torch.cuda.device_count():
+            raise ConfigError(
+                f"the random state of {len(state.cuda)} CUDA devices cannot be restored: this process sees "
+                f"{torch.cuda.device_count()}. Give the process as many devices as before (CUDA_VISIBLE_DEVICES)."
+            )
+        torch.cuda.set_rng_state_all(list(state.cuda))
+
+
+def pack_rng(state: RngState) -> bytes:
+    """The state as bytes: sizes, a short JSON head, numpy's state as JSON, python's words, torch's words."""
+    version, words, gauss = state.python
+    if version != _PYTHON_VERSION:
+        raise ConfigError(f"random.getstate() is of version {version}, which is not known. Upgrade arc-dist.")
+    generators = [state.torch, *state.cuda]
+    head = json.dumps(
+        {
+            "gauss": None if gauss is None else float(gauss).hex(),
+            "torch": [generator.numel() for generator in generators],
+        }
+    ).encode()
+    numpy_text = _pack_numpy(state.numpy)
+    raw = [ctypes.string_at(generator.data_ptr(), generator.numel()) for generator in generators]
+    sizes = _SIZES.pack(len(head), len(numpy_text))
+    return b"".join([sizes, head, numpy_text, _PYTHON_WORDS.pack(*words), *raw])
+
+
+def unpack_rng(data: bytes) -> RngState:
+    """The inverse of `pack_rng`."""
+    head_bytes, numpy_bytes = _SIZES.unpack_from(data)
+    offset = _SIZES.size
+    head = json.loads(data[offset : offset + head_bytes])
+    offset += head_bytes
+    numpy_state = _from_jsonable(json.loads(data[offset : offset + numpy_bytes]))
+    offset += numpy_bytes
+    words = _PYTHON_WORDS.unpack_from(data, offset)
+    offset += _PYTHON_WORDS.size
+    generators: list[torch.Tensor] = []
+    for nbytes in head["torch"]:
+        generators.append(torch.frombuffer(bytearray(data[offset : offset + nbytes]), dtype=torch.uint8))
+        offset += nbytes
+    gauss = None if head["gauss"] is None else float.fromhex(head["gauss"])
+    return RngState((_PYTHON_VERSION, words, gauss), numpy_state, generators[0], tuple(generators[1:]))
+
+
+class _NumpyMemory:
+    """What the last look at numpy's generator gave, and the raw words by which to tell whether it moved since."""
+
+    raw: bytes | None = None
+    state: dict[str, Any] | None = None
+    packed: tuple[dict[str, Any], bytes] | None = None  # the last state that was packed, and its text
+
+
+def _capture_numpy() -> dict[str, Any]:
+    import numpy as np
+
+    get_generator = getattr(np.random, "get_bit_generator", None)  # since numpy 1.24
+    generator = get_generator() if get_generator is not None else None
+    if generator is None or type(generator).__name__ != "MT19937":
+        return np.random.get_state(legacy=False)  # type: ignore[return-value]
+    raw = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+    # Drawing the second number of a Gaussian pair moves nothing but `has_gauss`, which the raw words do not contain.
+    # With no such number waiting, equal words mean an equal state.
+    if raw == _NumpyMemory.raw and _NumpyMemory.state is not None:
+        return _NumpyMemory.state
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    if state["has_gauss"]:
+        _NumpyMemory.raw = None
+    else:
+        _NumpyMemory.raw, _NumpyMemory.state = raw, state
+    return state
+
+
+def _pack_numpy(state: dict[str, Any] | None) -> bytes:
+    if state is None:
+        return b"null"
+    packed = _NumpyMemory.packed
+    if packed is None or packed[0] is not state:  # a captured state is never changed, so identity is equality
+        packed = _NumpyMemory.packed = (state, json.dumps(_to_jsonable(state)).encode())
+    return packed[1]
+
+
+def _to_jsonable(value: Any) -> Any:
+    """What numpy's state is made of: nested dicts of strings, whole numbers of any size, floats and arrays of those."""
+    if isinstance(value, dict):
+        return {key: _to_jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, float):
+        return {"hex": value.hex()}
+    if hasattr(value, "tobytes"):
+        return {"array": base64.b64encode(value.tobytes()).decode(), "dtype": value.dtype.str, "shape": value.shape}
+    return value
+
+
+def _from_jsonable(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        import numpy as np
+
+        array = np.frombuffer(base64.b64decode(value["array"]), dtype=value["dtype"])
+        return array.reshape(value["shape"]).copy()
+    if "hex" in value:
+        return float.fromhex(value["hex"])
+    return {key: _from_jsonable(entry) for key, entry in value.items()}
