@@ -1,0 +1,196 @@
+"""From the SIGKILL of one of two ranks to the first new step that both committed: ours, and torchrun's own restart.
+
+Both arms run in turn on the same machine with the same model (an MLP of 94K parameters under DDP, gloo) and data.
+torchrun's arm gets the easier task: its script starts again from step 0 and restores nothing. A restart that brings no
+new step within the limit counts as failed, and its job is started anew.
+
+    python benchmarks/bench_restart.py --kills 50 --torchrun-kills 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from stats import describe, setting
+
+WORLD_SIZE = 2
+SCRIPT = Path(__file__).with_name("restart_job.py")
+START_LIMIT_S = 120.0
+STEPS_BETWEEN_KILLS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One committed step of one rank."""
+
+    at_s: float
+    rank: int
+    pid: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """What one kill cost; `seconds` is None when training did not go on within the limit."""
+
+    seconds: float | None
+    lost_steps: int
+
+
+class Job:
+    """A running job of one arm, and its log of committed steps."""
+
+    def __init__(self, arm: str, directory: Path) -> None:
+        self.arm = arm
+        self.log = directory / "steps"
+        self.log.touch()
+        self._reader = self.log.open()
+        self._rest = ""
+        self._lines: list[Line] = []
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+        wrapper = ["-m", "arc_dist"] if arm == "arc" else []
+        retries = [] if arm == "arc" else ["--max-restarts=1000"]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ARC_RUN_DIR": str(directory / "run"),
+            "ARC_MAX_RESTARTS": "100000",
+        }
+        self.output = (directory / "output").open("wb")
+        command = [*launcher, *retries, *wrapper, str(SCRIPT), arm, str(self.log)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def read(self) -> list[Line]:
+        """All committed steps so far; a line that is being written is left for the next time."""
+        text = self._rest + self._reader.read()
+        whole, _, self._rest = text.rpartition("\n")
+        for line in whole.splitlines():
+            at_ns, rank, pid, step = line.split()
+            self._lines.append(Line(int(at_ns) / 1e9, int(rank), int(pid), int(step)))
+        return self._lines
+
+    def wait_for_steps(self, number: int, *, besides: frozenset[int], limit_s: float) -> dict[int, list[Line]] | None:
+        """Waits until every rank committed `number` steps in a process not in `besides`; those lines, by rank."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            fresh: dict[int, list[Line]] = {}
+            for line in self.read():
+                if line.pid not in besides:
+                    fresh.setdefault(line.rank, []).append(line)
+            if len(fresh) == WORLD_SIZE and all(len(lines) >= number for lines in fresh.values()):
+                return fresh
+            if self.process.poll() is not None:
+                return None
+            time.sleep(0.01)
+        return None
+
+    def end(self) -> None:
+        """Ends the launcher and its workers."""
+        self.process.send_signal(signal.SIGTERM)
+        pids = {line.pid for line in self.read()}
+        try:
+            self.process.wait(40)  # torchrun gives its workers 30 s
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if str(SCRIPT).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        self.output.close()
+        self._reader.close()
+
+
+@contextlib.contextmanager
+def running(arm: str) -> Iterator[Job]:
+    """A job that has committed its first steps."""
+    with tempfile.TemporaryDirectory(prefix="bench-restart-") as directory:
+        job = Job(arm, Path(directory))
+        try:
+            if job.wait_for_steps(STEPS_BETWEEN_KILLS, besides=frozenset(), limit_s=START_LIMIT_S) is None:
+                raise SystemExit(f"the {arm} job did not start:\n{(Path(directory) / 'output').read_text()}")
+            yield job
+        finally:
+            job.end()
+
+
+def kill_one(job: Job, rank: int, rng: random.Random, limit_s: float) -> Restart:
+    """Kills a rank at a random moment and measures until both ranks have committed a new step."""
+    time.sleep(rng.uniform(0.05, 0.25))
+    before = job.read()
+    old_pids = frozenset(line.pid for line in before)
+    current = {line.rank: line.pid for line in before}
+    os.kill(current[rank], signal.SIGKILL)
+    killed_at_s = time.monotonic()
+    fresh = job.wait_for_steps(1, besides=old_pids, limit_s=limit_s)
+    if fresh is None:
+        return Restart(None, 0)
+    seconds = max(lines[0].at_s for lines in fresh.values()) - killed_at_s
+    last = max(line.step for line in job.read() if line.pid in old_pids)
+    first = min(lines[0].step for lines in fresh.values())
+    settled = job.wait_for_steps(STEPS_BETWEEN_KILLS, besides=old_pids, limit_s=limit_s)
+    return Restart(seconds, max(0, last + 1 - first)) if settled else Restart(None, 0)
+
+
+def measure(arm: str, kills: int, rng: random.Random, limit_s: float) -> list[Restart]:
+    """One block: a job that is hurt `kills` times, its ranks in turn. A job that does not recover ends the block."""
+    results: list[Restart] = []
+    with running(arm) as job:
+        for number in range(kills):
+            results.append(kill_one(job, number % WORLD_SIZE, rng, limit_s))
+            if results[-1].seconds is None:
+                break
+    return results
+
+
+def report(name: str, results: list[Restart]) -> None:
+    """Prints one arm's row."""
+    seconds = [r.seconds for r in results if r.seconds is not None]
+    lost = [r.lost_steps for r in results if r.seconds is not None]
+    worst = f", worst {max(seconds):.3f} s" if seconds else ""
+    print(f"{name:9} recovered {len(seconds)} of {len(results)}: {describe(seconds, 's')}{worst}", end="")
+    print(f"; committed steps lost: {statistics.median(lost):.0f} median, {max(lost)} most" if lost else "")
+
+
+def main() -> None:
+    """Runs both arms in interleaved blocks and prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="of our arm")
+    parser.add_argument("--torchrun-kills", type=int, default=10, help="of torchrun's arm")
+    parser.add_argument("--blocks", type=int, default=5, help="jobs per arm, the arms in turn")
+    parser.add_argument("--limit-s", type=float, default=60.0, help="a restart that takes longer has failed")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    print(__doc__.splitlines()[0])
+    print(f"setting: {setting()}; seed {arguments.seed}; medians with 95 % intervals")
+    wanted = {"arc": arguments.kills, "torchrun": arguments.torchrun_kills}
+    results: dict[str, list[Restart]] = {arm: [] for arm in wanted}
+    while any(len(results[arm]) < number for arm, number in wanted.items()):
+        for arm, number in wanted.items():
+            missing = number - len(results[arm])
+            if missing > 0:
+                results[arm] += measure(arm, min(missing, -(-number // arguments.blocks)), rng, arguments.limit_s)
+    for arm in (name for name, number in wanted.items() if number):
+        report(arm, results[arm])
+    ours, theirs = ([r.seconds for r in results[arm] if r.seconds is not None] for arm in wanted)
+    if ours and theirs:
+        print(f"ratio of the medians: {statistics.median(theirs) / statistics.median(ours):.1f}")
+
+
+if __name__ == "__main__":
+    main()
