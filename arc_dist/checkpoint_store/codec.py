@@ -15,7 +15,6 @@ contiguous, on the CPU). A tensor's `requires_grad` is kept.
 from __future__ import annotations
 
 import base64
-import binascii
 import collections
 import json
 import math
@@ -65,7 +64,7 @@ def decode(value: object, tensors: Mapping[str, torch.Tensor] | None = None) -> 
     """
     try:
         return _decode(value, tensors or {}, 0)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, struct.error) as error:
         raise StoreCorrupt(
             f"encoded state cannot be read ({type(error).__name__}: {str(error)[:200]}). Restore an older step."
         ) from error

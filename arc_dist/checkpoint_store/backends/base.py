@@ -96,10 +96,12 @@ class Backend(Protocol):
         ...
 
     def list(self, path: str) -> list[Entry]:
-        """The names in a directory; StoreGone when it does not exist."""
+        """The names in a directory; StoreGone when it does not exist, ConfigError when it is a file."""
         ...
 
-    def exists(self, path: str) -> bool: ...
+    def exists(self, path: str) -> bool:
+        """Whether a file or directory is there. The root of an object store is there when its bucket is."""
+        ...
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """A whole small file; StoreCorrupt when it is larger than `max_bytes`, StoreGone when it is not there."""
@@ -134,7 +136,7 @@ class Backend(Protocol):
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN}
+_GONE = {errno.ENOENT, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN}
 _TRANSIENT = {
     errno.EIO,
     errno.EINTR,
@@ -168,7 +170,7 @@ def store_error(error: OSError, doing: str, where: str) -> ArcError:
         return StoreGone(f"{what}. Create it, or mount what should be there.", **fields)
     if code in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError)):
         return StoreTransient(f"{what}. It may succeed when tried again.", **fields)
-    if code in (errno.EISDIR, errno.ENAMETOOLONG):
+    if code in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
         return ConfigError(f"{what}. Correct the path.", **fields)
     return StoreError(f"{what}. Look at the storage's own log.", **fields)
 

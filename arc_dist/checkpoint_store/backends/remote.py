@@ -93,9 +93,12 @@ class RemoteBackend:
         return entries
 
     def exists(self, path: str) -> bool:
+        full = self._full(path)
+        if not path and self._protocol == "s3":
+            full = full.split("/", 1)[0]  # a prefix without keys is an empty store, not a missing one
         try:
             with self._translated("looking for", path):
-                self._fs().info(self._full(path))
+                self._fs().info(full)
         except StoreGone as error:
             if _service_code(error.__cause__) == "NoSuchBucket":
                 raise
