@@ -31,14 +31,16 @@ START_LIMIT_S = 120.0
 STEPS_BETWEEN_KILLS = 30
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One committed step of one rank."""
+@dataclasses.dataclass
+class Trainer:
+    """What one training process has committed."""
 
-    at_s: float
     rank: int
     pid: int
-    step: int
+    first_at_s: float
+    first_step: int
+    last_step: int
+    num_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Job:
         self.log.touch()
         self._reader = self.log.open()
         self._rest = ""
-        self._lines: list[Line] = []
+        self._trainers: dict[int, Trainer] = {}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
         wrapper = ["-m", "arc_dist"] if arm == "arc" else []
         retries = [] if arm == "arc" else ["--max-restarts=1000"]
@@ -74,25 +76,27 @@ class Job:
             command, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def read(self) -> list[Line]:
-        """All committed steps so far; a line that is being written is left for the next time."""
+    def read(self) -> list[Trainer]:
+        """All training processes that have committed a step, oldest first; a line being written waits."""
         text = self._rest + self._reader.read()
         whole, _, self._rest = text.rpartition("\n")
         for line in whole.splitlines():
-            at_ns, rank, pid, step = line.split()
-            self._lines.append(Line(int(at_ns) / 1e9, int(rank), int(pid), int(step)))
-        return self._lines
+            at_ns, rank, pid, step = map(int, line.split())
+            trainer = self._trainers.get(pid)
+            if trainer is None:
+                self._trainers[pid] = Trainer(rank, pid, at_ns / 1e9, step, step)
+            else:
+                trainer.last_step = max(trainer.last_step, step)
+                trainer.num_steps += 1
+        return list(self._trainers.values())
 
-    def wait_for_steps(self, number: int, *, besides: frozenset[int], limit_s: float) -> dict[int, list[Line]] | None:
-        """Waits until every rank committed `number` steps in a process not in `besides`; those lines, by rank."""
+    def wait_for_steps(self, number: int, *, besides: frozenset[int], limit_s: float) -> list[Trainer] | None:
+        """Waits until every rank has a process, not one of `besides`, that committed `number` steps."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            fresh: dict[int, list[Line]] = {}
-            for line in self.read():
-                if line.pid not in besides:
-                    fresh.setdefault(line.rank, []).append(line)
-            if len(fresh) == WORLD_SIZE and all(len(lines) >= number for lines in fresh.values()):
-                return fresh
+            fresh = {t.rank: t for t in self.read() if t.pid not in besides and t.num_steps >= number}
+            if len(fresh) == WORLD_SIZE:
+                return list(fresh.values())
             if self.process.poll() is not None:
                 return None
             time.sleep(0.01)
@@ -101,7 +105,7 @@ class Job:
     def end(self) -> None:
         """Ends the launcher and its workers."""
         self.process.send_signal(signal.SIGTERM)
-        pids = {line.pid for line in self.read()}
+        pids = {trainer.pid for trainer in self.read()}
         try:
             self.process.wait(40)  # torchrun gives its workers 30 s
         except subprocess.TimeoutExpired:
@@ -132,16 +136,16 @@ def kill_one(job: Job, rank: int, rng: random.Random, limit_s: float) -> Restart
     """Kills a rank at a random moment and measures until both ranks have committed a new step."""
     time.sleep(rng.uniform(0.05, 0.25))
     before = job.read()
-    old_pids = frozenset(line.pid for line in before)
-    current = {line.rank: line.pid for line in before}
-    os.kill(current[rank], signal.SIGKILL)
+    old_pids = frozenset(trainer.pid for trainer in before)
+    victim = {trainer.rank: trainer.pid for trainer in before}[rank]
+    os.kill(victim, signal.SIGKILL)
     killed_at_s = time.monotonic()
     fresh = job.wait_for_steps(1, besides=old_pids, limit_s=limit_s)
     if fresh is None:
         return Restart(None, 0)
-    seconds = max(lines[0].at_s for lines in fresh.values()) - killed_at_s
-    last = max(line.step for line in job.read() if line.pid in old_pids)
-    first = min(lines[0].step for lines in fresh.values())
+    seconds = max(trainer.first_at_s for trainer in fresh) - killed_at_s
+    last = max(trainer.last_step for trainer in before)
+    first = min(trainer.first_step for trainer in fresh)
     settled = job.wait_for_steps(STEPS_BETWEEN_KILLS, besides=old_pids, limit_s=limit_s)
     return Restart(seconds, max(0, last + 1 - first)) if settled else Restart(None, 0)
 
@@ -176,7 +180,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    print(__doc__.splitlines()[0])
+    print((__doc__ or "").splitlines()[0])
     print(f"setting: {setting()}; seed {arguments.seed}; medians with 95 % intervals")
     wanted = {"arc": arguments.kills, "torchrun": arguments.torchrun_kills}
     results: dict[str, list[Restart]] = {arm: [] for arm in wanted}

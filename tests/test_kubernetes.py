@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ExitCode
+from ranks import Job
 
 yaml = pytest.importorskip("yaml")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
@@ -144,3 +149,46 @@ def test_the_scripts_named_exist(pod: dict[str, Any]):
     root = DIRECTORY.parent.parent
     for script in re.findall(r"\S+\.py", pod["containers"][0]["args"][0]):
         assert (root / script).is_file()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_commits_a_checkpoint_and_the_next_pod_goes_on_from_it(
+    pod: dict[str, Any], tmp_path: Path
+):
+    arcrun = Path(sys.executable).with_name("arcrun")
+    if not arcrun.exists():
+        pytest.skip("arcrun is not installed beside this interpreter")
+    (container,) = pod["containers"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    env |= {"JOB_COMPLETION_INDEX": "0", "ARC_STORE": str(tmp_path / "checkpoints")}
+    env["PATH"] = f"{arcrun.parent}:{os.environ['PATH']}"
+    # What differs from the cluster: both ranks on this host, which has no DNS name for the pod.
+    command = container["args"][0]
+    for old, new in (
+        ("--nnodes=2", "--nnodes=1"),
+        ("--nproc-per-node=1", "--nproc-per-node=2"),
+        ("--rdzv-endpoint=arc-train-0.arc-train:29500", "--rdzv-endpoint=localhost:0"),
+    ):
+        assert old in command
+        command = command.replace(old, new)
+    (tmp_path / "examples").symlink_to(DIRECTORY.parent)  # not in the checkout, whose arc_dist would be imported
+
+    with Job([*container["command"], command], env=env, cwd=tmp_path) as first:
+        first.wait_for(lambda: "step   20/" in first.stdout(), 90, "step 20")
+        first.process.send_signal(signal.SIGTERM)
+        ended = first.wait(pod["terminationGracePeriodSeconds"] / 2)
+    assert ended.exit_code == ExitCode.PREEMPTED, ended
+    saved = Store(env["ARC_STORE"]).steps()
+    assert saved, ended
+    newest = max(info.step for info in saved)
+    assert newest >= 20
+    assert Store(env["ARC_STORE"]).open(newest).verify() == []
+
+    with Job(
+        [*container["command"], command.replace("--steps 2000", f"--steps {newest + 12}")], env=env, cwd=tmp_path
+    ) as second:
+        ended = second.wait(90)
+    assert ended.exit_code == ExitCode.SUCCESS, ended
+    steps = [int(number) for number in re.findall(r"^step +(\d+)/", ended.stdout, re.MULTILINE)]
+    assert steps
+    assert min(steps) > newest
