@@ -93,6 +93,7 @@ class SlotInfo:
         nbytes: bytes of tensors in it.
         parting: written by a rank that had lost a peer, at the last committed step.
         replicated: every tensor is the same on all ranks (plain DDP), so that a peer's copy can be used.
+        sequence: grows with every snapshot written to the directory; the higher of two was written later.
     """
 
     slot: int
@@ -102,6 +103,7 @@ class SlotInfo:
     nbytes: int
     parting: bool
     replicated: bool = False
+    sequence: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +152,11 @@ def align(nbytes: int, to: int = ALIGN_BYTES) -> int:
 # --- slots: writing ---------------------------------------------------------------------------------------------------
 
 
-def begin_write(buffer: memoryview) -> int:
-    """Marks a slot as being written and returns the sequence number its next header must carry.
-
-    Call it before any other byte of the slot is touched.
-    """
+def begin_write(buffer: memoryview) -> None:
+    """Marks a slot as being written. Call it before any other byte of the slot is touched."""
     words = buffer[:PAGE_BYTES].cast("Q")
     words[_Word.STATE] = SlotState.WRITING
     words[_Word.CERTIFIED] = 0
-    return words[_Word.SEQUENCE] + 1
 
 
 def seal(buffer: memoryview, header: SlotHeader) -> None:
@@ -240,6 +238,7 @@ def slot_info(slot: int, buffer: memoryview | bytes) -> SlotInfo | None:
         nbytes=header.tensor_bytes,
         parting=header.parting,
         replicated=header.replicated,
+        sequence=header.sequence,
     )
 
 
