@@ -49,6 +49,12 @@ def test_every_directory_of_modules_is_a_package():
         assert (directory / "__init__.py").exists(), f"{directory} has modules but no __init__.py"
 
 
+def test_the_version_is_the_packages(wheel: Path):
+    import arc_dist
+
+    assert wheel.name.startswith(f"arc_dist-{arc_dist.__version__}-")
+
+
 def test_the_wheel_carries_licence_and_commands(wheel: Path):
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
