@@ -56,7 +56,6 @@ class Shard:
     url: str
     part: Mapping[str, Any]
     certified: bool = True
-    run: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,6 @@ class Save:
     step: int
     generation: int
     url: str
-    run: str | None = None
     parts: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict[int, Mapping[str, Any]])
     certified: bool = True
     status: CommitStatus = CommitStatus.PENDING
@@ -109,10 +107,10 @@ def offer(saves: Saves, shard: Shard) -> Offered:
         return Offered(saves=saves, status=CommitStatus.FENCED, reason=reason)
     save = saves.find(shard.step, shard.generation)
     if save is None:
-        save = Save(step=shard.step, generation=shard.generation, url=shard.url, run=shard.run)
+        save = Save(step=shard.step, generation=shard.generation, url=shard.url)
     if save.status is not CommitStatus.PENDING:
         return Offered(saves=saves, status=save.status, reason=save.error or f"step {save.step} is {save.status.value}")
-    if (save.url, save.run) != (shard.url, shard.run):
+    if save.url != shard.url:
         error = f"step {shard.step}: rank {shard.rank} saved to {shard.url}, others to {save.url}; use one store"
         save = dataclasses.replace(save, status=CommitStatus.FAILED, error=error)
         return Offered(saves=_put(saves, save), status=save.status, reason=error)

@@ -1,0 +1,270 @@
+"""Talks to a coordinator: over HTTP, or to one in the same process. Both have the same methods.
+
+Every call has a deadline. All messages are idempotent (see `protocol.generations`), so a call whose connection broke is
+sent once more. A client remembers two things for its caller: the highest epoch it has heard of, so that an older
+coordinator which wakes up is refused; and the order it last got about a generation, so that asking again waits for
+another one.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arc_dist.coordinator.service import Coordinator
+from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced
+
+_Json = dict[str, Any]
+
+
+class _Methods:
+    """The methods of the coordinator, on top of one way to send a message. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._epoch = 0
+        self._sender: dict[int, str] = {}
+        self._following: dict[tuple[int, int], str] = {}
+
+    def _send(self, method: str, body: _Json, timeout_s: float) -> _Json:
+        raise NotImplementedError
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch that was heard of; 0 before the first answer."""
+        return self._epoch
+
+    def call(self, method: str, body: Mapping[str, Any] | None = None, *, wait_s: float = 0.0) -> _Json:
+        """Sends one message; `wait_s` is how long the coordinator itself may take to answer.
+
+        Raises:
+            CoordinatorUnavailable: no answer within the deadline, or the coordinator failed.
+            Fenced: the coordinator is an old one, or this supervisor was replaced.
+            ConfigError: the message was not understood, or the token is wrong.
+        """
+        message = dict(body or {})
+        with self._guard:
+            message["epoch"] = self._epoch
+            if "rank" in message and message["rank"] in self._sender and method != "join":
+                message["sender"] = self._sender[message["rank"]]
+        answer = self._send(method, message, wait_s)
+        epoch = int(answer.get("epoch", 0))
+        with self._guard:
+            if epoch < self._epoch:
+                raise Fenced(
+                    f"{method}: a coordinator of epoch {epoch} answered, but epoch {self._epoch} has begun", epoch=epoch
+                )
+            self._epoch = epoch
+        return answer
+
+    def join(self, rank: int, world_size: int, host: str, pid: int, shm_dir: str) -> _Json:
+        """A supervisor is there. Returns ``{"epoch", "generation"}``: the generation to be ready for."""
+        answer = self.call(
+            "join", {"rank": rank, "world_size": world_size, "host": host, "pid": pid, "shm_dir": shm_dir}
+        )
+        with self._guard:
+            self._sender[rank] = answer["sender"]
+            self._following.clear()
+        return answer
+
+    def ready(
+        self,
+        rank: int,
+        generation: int,
+        store: _Json | None,
+        inventory: Sequence[Mapping[str, Any]],
+        shm_dir: str,
+        host: str,
+    ) -> _Json:
+        """No process of an older generation is left, and `generation` can be started."""
+        body = {
+            "rank": rank,
+            "generation": generation,
+            "store": store,
+            "inventory": list(inventory),
+            "shm_dir": shm_dir,
+            "host": host,
+        }
+        answer = self.call("ready", body)
+        with self._guard:
+            self._following.pop((rank, generation), None)
+        return answer
+
+    def died(self, rank: int, generation: int, cause: Mapping[str, Any], step: int | None) -> _Json:
+        """The rank's process of `generation` is gone; `cause` as in `protocol.budgets.Cause.from_dict`."""
+        return self.call("died", {"rank": rank, "generation": generation, "cause": dict(cause), "step": step})
+
+    def finished(self, rank: int, generation: int) -> _Json:
+        """The rank's script ended with exit code 0."""
+        return self.call("finished", {"rank": rank, "generation": generation})
+
+    def directive(self, rank: int, generation: int, timeout_s: float, after: str | None = None) -> _Json:
+        """Long poll for the order about `generation`: ``run``, ``end``, ``stop``, ``done``, or ``wait`` (ask again).
+
+        Args:
+            rank: the asking rank.
+            generation: the one that it runs, or the one that it wants to start.
+            timeout_s: how long to wait for an order.
+            after: the kind of order that is followed already, so that only another one is an answer; default: the one
+                that this client got last about `generation`.
+        """
+        key = (rank, generation)
+        with self._guard:
+            known = self._following.get(key, "") if after is None else after
+        body = {"rank": rank, "generation": generation, "timeout_s": timeout_s, "after": known}
+        answer = self.call("directive", body, wait_s=timeout_s)
+        if answer["kind"] != "wait":
+            with self._guard:
+                self._following[key] = answer["kind"]
+        return answer
+
+    def shard(
+        self,
+        rank: int,
+        generation: int,
+        step: int,
+        url: str,
+        manifest_part: Mapping[str, Any],
+        certified: bool = True,
+    ) -> _Json:
+        """A rank's shard is durable. The last one's call writes the manifest, so it may take as long as the store."""
+        body = {
+            "rank": rank,
+            "generation": generation,
+            "step": step,
+            "url": url,
+            "manifest_part": dict(manifest_part),
+            "certified": certified,
+        }
+        return self.call("shard", body, wait_s=60.0)
+
+    def commit_status(self, step: int, generation: int, timeout_s: float = 0.0) -> _Json:
+        """Long poll for the outcome of a save: ``{"status", "error"}``."""
+        body = {"step": step, "generation": generation, "timeout_s": timeout_s}
+        return self.call("commit_status", body, wait_s=timeout_s)
+
+    def progress(self, rank: int, generation: int, step: int) -> _Json:
+        return self.call("progress", {"rank": rank, "generation": generation, "step": step})
+
+    def poison(self, from_step: int, to_step: int, generation: int) -> _Json:
+        """States of these steps, saved by `generation` or before, are never restored."""
+        return self.call("poison", {"from_step": from_step, "to_step": to_step, "generation": generation})
+
+    def hello_store(self, url: str, committed: Sequence[Mapping[str, Any]] = ()) -> _Json:
+        """What a store holds: ``[{"step", "generation", "certified"}]``; replaces what was known of it."""
+        return self.call("hello_store", {"url": url, "committed": [dict(entry) for entry in committed]})
+
+    def incident(self, incident: Mapping[str, Any] | None = None, **fields: Any) -> _Json:
+        """Appends a line to the run's incident file."""
+        return self.call("incident", {**(incident or {}), **fields})
+
+    def preempt(self, rank: int) -> _Json:
+        """The rank's host was told to go."""
+        return self.call("preempt", {"rank": rank})
+
+    def status(self) -> _Json:
+        return self.call("status")
+
+
+class CoordinatorClient(_Methods):
+    """A client over HTTP. Each thread that uses it has its own connection, kept alive.
+
+    Args:
+        address: ``http://host:port``.
+        token: the job's token.
+        timeout_s: for connecting and for an answer, beyond what the coordinator itself was allowed to wait.
+    """
+
+    def __init__(self, address: str, token: str, timeout_s: float = 10.0) -> None:
+        super().__init__()
+        parts = urllib.parse.urlsplit(address)
+        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+            raise ConfigError(f"the coordinator's address must be http://host:port, got {address!r}")
+        self.address = address
+        self._host = parts.hostname
+        self._port = parts.port
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._timeout_s = timeout_s
+        self._local = threading.local()
+
+    def _send(self, method: str, body: _Json, timeout_s: float) -> _Json:
+        data = json.dumps(body, separators=(",", ":")).encode()
+        deadline_s = timeout_s + self._timeout_s
+        fresh = False
+        while True:
+            connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+            if connection is None:
+                connection, fresh = http.client.HTTPConnection(self._host, self._port), True
+                self._local.connection = connection
+            try:
+                # A connection attempt must not take as long as a long poll may.
+                if connection.sock is None:
+                    connection.timeout = self._timeout_s
+                    connection.connect()
+                assert connection.sock is not None
+                connection.sock.settimeout(deadline_s)
+                connection.request("POST", f"/v1/{method}", body=data, headers=self._headers)
+                response = connection.getresponse()
+                text = response.read()
+                break
+            except TimeoutError as error:
+                self._drop()
+                raise self._unavailable(method, f"no answer within {deadline_s:g} s") from error
+            except (OSError, http.client.HTTPException) as error:
+                self._drop()
+                if fresh:
+                    raise self._unavailable(method, f"{type(error).__name__}: {error}") from error
+                # A kept connection that the server has closed meanwhile: once more, on a new one.
+        if response.will_close:
+            self._drop()
+        return self._understand(method, response.status, text)
+
+    def _understand(self, method: str, status: int, text: bytes) -> _Json:
+        try:
+            answer: object = json.loads(text)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._unavailable(method, f"HTTP {status} without a JSON object: something else listens there")
+        fields: _Json = {str(key): value for key, value in answer.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if status == 200:
+            return fields
+        message = f"{method}: {fields.get('message', f'HTTP {status}')}"
+        if status == 409:
+            raise Fenced(message)
+        if status in (400, 401, 404, 405, 411, 413):
+            raise ConfigError(message)
+        raise self._unavailable(method, str(fields.get("message", f"HTTP {status}")))
+
+    def _unavailable(self, method: str, why: str) -> CoordinatorUnavailable:
+        return CoordinatorUnavailable(
+            f"{method}: the coordinator at {self.address} cannot be reached: {why}", address=self.address
+        )
+
+    def _drop(self) -> None:
+        connection = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._local.connection = None
+
+    def close(self) -> None:
+        """Closes the calling thread's connection; other threads' close with them."""
+        self._drop()
+
+
+class LocalClient(_Methods):
+    """The same methods for a coordinator in this process."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        super().__init__()
+        self._coordinator = coordinator
+
+    def _send(self, method: str, body: _Json, timeout_s: float) -> _Json:
+        return self._coordinator.call(method, body)
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,165 @@
+"""Remembers decisions: append-only lines, each a whole state with its checksum; the last one is the truth.
+
+A line is ``<crc32 in hex> <JSON>``. It is on disk when `append` returns. Because each line says everything, reading is
+taking the last one, and compaction is keeping only it, which happens at every opening.
+
+Opening raises the *epoch*, durably, before anything else: it tells this coordinator from an earlier one that may still
+believe itself alive. The file is locked while it is open; two coordinators never write to one journal.
+
+What a crash can leave behind is a torn last line, whose decision was told to nobody; it is dropped. Damage anywhere
+else is no crash but an alteration, and nothing is decided on it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from arc_dist.errors import ConfigError, StoreCorrupt, StoreError
+
+_COMPACT_BYTES = 16 << 20
+
+
+class Journal:
+    """An open journal. Use `Journal.open`; close it, or let the process end.
+
+    Attributes:
+        epoch: number of times this journal was opened, from 1.
+        last: the last state that was appended before this opening, or None.
+    """
+
+    def __init__(self, path: Path, lock: int, file: int, epoch: int, last: dict[str, Any] | None) -> None:
+        self.path = path
+        self.epoch = epoch
+        self.last = last
+        self._lock = lock
+        self._file = file
+        self._size_bytes = os.fstat(file).st_size
+
+    @staticmethod
+    def open(path: Path) -> Journal:
+        """Locks and reads the journal, and begins a new epoch. Creates it (mode 0600) when it is not there.
+
+        Raises:
+            ConfigError: another coordinator has it open, or the place cannot be written.
+            StoreCorrupt: a line other than the last was altered.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"{path.parent} cannot be written: {error}. Set ARC_RUN_DIR to another one.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise ConfigError(
+                f"{path} is in use by another job's coordinator. Give this job a name (torchrun --rdzv-id) or a "
+                "directory (ARC_RUN_DIR) of its own."
+            ) from None
+        try:
+            entry = _last_entry(path)
+            epoch = 1 + (entry["epoch"] if entry else 0)
+            last = entry["state"] if entry else None
+            file = _rewrite(path, {"epoch": epoch, "state": last})
+        except OSError as error:
+            os.close(lock)
+            raise ConfigError(f"{path} cannot be written: {error}. Set ARC_RUN_DIR to another one.") from error
+        except StoreCorrupt:
+            os.close(lock)
+            raise
+        return Journal(path, lock, file, epoch, last)
+
+    def append(self, state: dict[str, Any]) -> None:
+        """Writes a whole state; it is durable when this returns.
+
+        Raises:
+            StoreError: it is not durable. What was written of it is taken back, so that the file stays readable.
+        """
+        line = _line({"epoch": self.epoch, "state": state})
+        try:
+            if self._size_bytes > _COMPACT_BYTES:
+                file = _rewrite(self.path, {"epoch": self.epoch, "state": state})
+                os.close(self._file)
+                self._file = file
+                self._size_bytes = os.fstat(file).st_size
+                return
+            _write_all(self._file, line)
+            os.fdatasync(self._file)
+        except OSError as error:
+            try:
+                os.ftruncate(self._file, self._size_bytes)
+            except OSError:
+                pass  # a torn last line is what `open` expects
+            raise StoreError(f"{self.path}: the decision is not on disk: {error}", path=str(self.path)) from error
+        self._size_bytes += len(line)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            os.close(self._lock)
+            self._file = self._lock = -1
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry, separators=(",", ":"), sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _last_entry(path: Path) -> dict[str, Any] | None:
+    """The last whole entry; every line but the last must be whole."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return None
+    if lines[-1] == b"":
+        lines.pop()
+    last: dict[str, Any] | None = None
+    for number, line in enumerate(lines, start=1):
+        entry = _parse(line)
+        if entry is None:
+            if number == len(lines):
+                break  # torn: nobody was told
+            raise StoreCorrupt(
+                f"{path}: line {number} was altered. Nothing is decided on it; move the file away to start afresh.",
+                path=str(path),
+                line=number,
+            )
+        last = entry
+    return last
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    return json.loads(text)
+
+
+def _rewrite(path: Path, entry: dict[str, Any]) -> int:
+    """Replaces the file by one with this entry alone, durably and at once. Returns it open for appending."""
+    draft = path.with_suffix(".new")
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        _write_all(file, _line(entry))
+        os.fsync(file)
+        os.replace(draft, path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]

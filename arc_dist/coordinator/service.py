@@ -1,0 +1,393 @@
+"""Drives the rules of `protocol` with what ranks say, and answers them. Thread-safe; knows no transport.
+
+A message is a dict, its answer is a dict; `call` is the only entry. Each message is taken under one lock, handed to the
+pure rules, journaled when the rules ask for it, and only then visible to anybody. Long polls wait on one condition.
+
+What comes out of order, twice or from the past is the rules' business; see `protocol.generations`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from arc_dist.coordinator.journal import Journal
+from arc_dist.coordinator.records import append_incident, describe, identity_of, read_cause, read_holding
+from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
+from arc_dist.coordinator.wire import MAX_POLL_S, Fields
+from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
+from arc_dist.protocol import generations
+from arc_dist.protocol.budgets import BudgetPolicy, Death
+from arc_dist.protocol.events import (
+    Died,
+    Event,
+    Finished,
+    GenerationEnds,
+    GenerationOver,
+    GenerationRuns,
+    JobOver,
+    Joined,
+    Listed,
+    Poisoned,
+    Preempted,
+    Progressed,
+    Ready,
+    StateMatters,
+    Tick,
+)
+from arc_dist.protocol.generations import Order
+from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
+from arc_dist.protocol.pick import Committed, Inventory, Poison
+
+logger = logging.getLogger("arc_dist.coordinator")
+
+JOURNAL_NAME = "journal.log"
+_MAX_HOLDINGS = 64
+_MAX_LISTED = 100_000
+
+
+class Coordinator:
+    """The service. Constructing it does no I/O; `Coordinator.open` also opens the journal in a run directory.
+
+    Args:
+        world_size: number of ranks.
+        job_id: named in answers and logs.
+        run_dir: where ``incidents.jsonl`` goes; None keeps none.
+        journal: where decisions go, and from where they come back; None forgets them.
+        clock: monotonic seconds.
+        max_restarts: see `protocol.budgets`.
+        commit: writes manifests; default: the checkpoint store's.
+        starting_timeout_s: see `protocol.job.JobConfig`.
+        ending_timeout_s: see `protocol.job.JobConfig`.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        job_id: str = "local",
+        run_dir: Path | None = None,
+        journal: Journal | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        max_restarts: int = 100,
+        commit: CommitPort = default_commit,
+        starting_timeout_s: float = 600.0,
+        ending_timeout_s: float = 60.0,
+    ) -> None:
+        self._config = JobConfig(
+            world_size=world_size,
+            budget=BudgetPolicy(max_restarts=max_restarts),
+            starting_timeout_s=starting_timeout_s,
+            ending_timeout_s=ending_timeout_s,
+        )
+        self.job_id = job_id
+        self._run_dir = run_dir
+        self._journal = journal
+        self.epoch = journal.epoch if journal is not None else 1  # tells this coordinator from an earlier one
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._deposed_by: int | None = None
+        self._closed = False
+        self._told: set[int] = set()  # ranks that were told that the job is over
+        self._journal_error: str | None = None
+        self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
+        self._job = self._revived(journal)
+        self._saves = SaveDesk(
+            world_size,
+            self._job.generation,
+            commit=commit,
+            about={"job_id": job_id, "epoch": self.epoch},
+            changed=self._changed,
+            clock=clock,
+        )
+        self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
+            name: getattr(self, f"_{name}")
+            for name in (
+                "join", "ready", "died", "finished", "directive", "shard", "commit_status", "progress", "poison",
+                "hello_store", "preempt", "status",
+            )
+        }  # fmt: skip
+
+    @staticmethod
+    def open(world_size: int, *, run_dir: Path, **settings: Any) -> Coordinator:
+        """A coordinator with its journal in `run_dir`. `settings` as for the constructor.
+
+        Raises:
+            ConfigError: another coordinator uses `run_dir`, or it cannot be written.
+            StoreCorrupt: the journal there was altered.
+        """
+        return Coordinator(world_size, run_dir=run_dir, journal=Journal.open(run_dir / JOURNAL_NAME), **settings)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """What `call` understands."""
+        return frozenset(self._methods) | {"incident"}
+
+    def call(self, method: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Takes one message and answers it. Blocks only in long polls, at most `MAX_POLL_S`.
+
+        Raises:
+            ConfigError: no such method, or fields that are missing or wrong.
+            Fenced: this coordinator was replaced by a newer one, or the sender's supervisor was.
+        """
+        if method not in self.methods:
+            raise ConfigError(f"there is no method {method!r}; known: {', '.join(sorted(self.methods))}")
+        fields = Fields(method, body)
+        self._check_epoch(fields)
+        if method == "incident":
+            answer = self._incident(body)
+        else:
+            with self._changed:
+                self._check_sender(fields)
+                answer = self._methods[method](fields)
+        return {**answer, "epoch": self.epoch}
+
+    def close(self) -> None:
+        """Closes the journal; calls that wait are answered with an error."""
+        with self._changed:
+            self._closed = True
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+            self._changed.notify_all()
+
+    def wait_told(self, timeout_s: float) -> bool:
+        """Waits until the job is over and every rank that joined has asked and been told so. True when that is so."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._closed or (self._job.phase.is_over and self._told.issuperset(self._job.members)),
+                timeout_s,
+            )
+
+    # ---- membership and generations
+
+    def _join(self, fields: Fields) -> dict[str, Any]:
+        rank = self._rank(fields)
+        world_size = fields.integer("world_size", minimum=1)
+        if world_size != self._config.world_size:
+            raise ConfigError(
+                f"rank {rank} says that the world has {world_size} ranks, the coordinator of job {self.job_id} says "
+                f"{self._config.world_size}. Start all ranks of a job alike.",
+                rank=rank,
+            )
+        member = Member(host=fields.text("host"), pid=fields.integer("pid"), shm_dir=fields.text("shm_dir"))
+        self._apply(Joined(rank=rank, member=member))
+        return {"generation": self._job.awaited, "sender": identity_of(member)}
+
+    def _ready(self, fields: Fields) -> dict[str, Any]:
+        rank, generation = self._rank(fields), fields.integer("generation")
+        holdings = tuple(read_holding(entry) for entry in fields.mappings("inventory", max_items=_MAX_HOLDINGS))
+        inventory = Inventory(host=fields.text("host"), shm_dir=fields.text("shm_dir"), holdings=holdings)
+        store = fields.mapping_or_none("store")
+        if store is not None and generation == self._job.generation + (self._job.phase is not Phase.STARTING):
+            self._store = dict(store)
+        self._apply(Ready(rank=rank, generation=generation, inventory=inventory))
+        return self._where()
+
+    def _died(self, fields: Fields) -> dict[str, Any]:
+        cause = read_cause(fields.mapping("cause"))
+        death = Death(rank=self._rank(fields), cause=cause, step=fields.integer_or_none("step"))
+        self._apply(Died(generation=fields.integer("generation"), death=death))
+        return self._where()
+
+    def _finished(self, fields: Fields) -> dict[str, Any]:
+        self._apply(Finished(rank=self._rank(fields), generation=fields.integer("generation")))
+        return self._where()
+
+    def _progress(self, fields: Fields) -> dict[str, Any]:
+        generation, step = fields.integer("generation"), fields.integer("step")
+        self._apply(Progressed(rank=self._rank(fields), generation=generation, step=step))
+        return self._where()
+
+    def _preempt(self, fields: Fields) -> dict[str, Any]:
+        self._apply(Preempted(rank=self._rank(fields)))
+        return self._where()
+
+    def _directive(self, fields: Fields) -> dict[str, Any]:
+        """Long poll. `after` is the kind of order that the asker already follows; another one is an answer."""
+        rank, generation = self._rank(fields), fields.integer("generation")
+        after = fields.text("after", default="")
+        deadline_s = self._clock() + fields.number("timeout_s", default=0.0, maximum=MAX_POLL_S)
+        while True:
+            self._apply(Tick())
+            self._check_alive()
+            if generations.is_behind(self._job, generation):
+                raise Fenced(
+                    f"rank {rank} asks about generation {generation}, but this coordinator's memory ends with "
+                    f"{self._job.generation}: its journal was lost. Restart the job.",
+                    rank=rank,
+                )
+            told = generations.directive(self._job, rank, generation)
+            remaining_s = deadline_s - self._clock()
+            if told.order is not Order.WAIT and told.order.value != after:
+                return self._directive_answer(rank, told)
+            if remaining_s <= 0:
+                return {"kind": Order.WAIT.value}
+            due_s = generations.deadline_s(self._config, self._job)
+            if due_s is not None:
+                remaining_s = min(remaining_s, max(0.01, due_s - self._clock()))
+            self._changed.wait(remaining_s)
+
+    def _directive_answer(self, rank: int, told: generations.Directive) -> dict[str, Any]:
+        if told.order in (Order.STOP, Order.DONE):
+            self._told.add(rank)
+            self._changed.notify_all()
+        answer: dict[str, Any] = {"kind": told.order.value, "generation": told.generation, "reason": told.reason}
+        if told.order is Order.RUN and self._job.plan is not None:
+            answer |= {"plan": self._job.plan.as_dict(), "store": self._store}
+        if told.order is Order.STOP and self._job.stop is not None:
+            answer |= {"exit_code": self._job.stop.exit_code, "blame_rank": self._job.stop.blame_rank}
+        return answer
+
+    # ---- checkpoints
+
+    def _shard(self, fields: Fields) -> dict[str, Any]:
+        return self._saves.take_shard(self._rank(fields), fields, self._apply)
+
+    def _commit_status(self, fields: Fields) -> dict[str, Any]:
+        return self._saves.outcome(fields, self._check_alive)
+
+    def _hello_store(self, fields: Fields) -> dict[str, Any]:
+        url = fields.text("url")
+        entries: set[Committed] = set()
+        for entry in fields.mappings("committed", max_items=_MAX_LISTED):
+            listed = Fields("hello_store", entry)
+            entries.add(
+                Committed(
+                    step=listed.integer("step"),
+                    url=url,
+                    generation=listed.integer_or_none("generation"),
+                    certified=listed.boolean("certified", default=True),
+                )
+            )
+        self._apply(Listed(url=url, committed=frozenset(entries)))
+        return self._where()
+
+    def _poison(self, fields: Fields) -> dict[str, Any]:
+        poison = Poison(
+            from_step=fields.integer("from_step"),
+            to_step=fields.integer("to_step"),
+            generation=fields.integer("generation"),
+        )
+        if poison.to_step < poison.from_step:
+            raise ConfigError(f"poison: from_step {poison.from_step} is after to_step {poison.to_step}")
+        self._saves.poison(poison)
+        self._apply(Poisoned(poison=poison))
+        return self._where()
+
+    # ---- what people read
+
+    def _incident(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        line = {key: value for key, value in body.items() if key not in ("epoch", "sender")}
+        if self._run_dir is None:
+            return {"recorded": False}
+        append_incident(self._run_dir, line)
+        return {"recorded": True}
+
+    def _status(self, fields: Fields) -> dict[str, Any]:
+        return {
+            "job_id": self.job_id,
+            "world_size": self._config.world_size,
+            **describe(self._job),
+            "saves": self._saves.describe(),
+            "journal_error": self._journal_error,
+        }
+
+    # ---- inside
+
+    def _apply(self, event: Event) -> None:
+        """Lets the rules answer, makes durable what must be, and only then shows it to others."""
+        outcome = generations.apply(self._config, self._job, event, self._clock())
+        if outcome.job is self._job and not outcome.actions:
+            return
+        if any(isinstance(action, (GenerationRuns, JobOver, StateMatters)) for action in outcome.actions):
+            self._append(outcome.job)
+        self._job = outcome.job
+        for action in outcome.actions:
+            if isinstance(action, GenerationEnds):
+                logger.info("generation %d ends: %s", action.generation, action.death)
+            elif isinstance(action, GenerationOver):
+                self._saves.open_for(outcome.job.generation)
+                logger.info("generation %d is over: %s", action.generation, action.judgement.reason)
+            elif isinstance(action, GenerationRuns):
+                logger.info("generation %d runs: %s", action.plan.generation, action.plan.reason)
+            elif isinstance(action, JobOver):
+                self._saves.open_for(None)
+                self._report_end(action)
+        self._changed.notify_all()
+
+    def _report_end(self, action: JobOver) -> None:
+        if action.stop is None:
+            logger.info("job %s is done", self.job_id)
+            return
+        stop = action.stop
+        logger.info("job %s stops with exit code %d: %s", self.job_id, stop.exit_code, stop.reason)
+        if self._run_dir is not None:
+            line = {
+                "time": time.time(),
+                "kind": "job_stopped",
+                "generation": action.generation,
+                "ranks": [] if stop.blame_rank is None else [stop.blame_rank],
+                "cause": stop.reason,
+                "exit_code": stop.exit_code,
+                "action": "stop",
+            }
+            try:
+                append_incident(self._run_dir, line)
+            except OSError as error:
+                logger.warning("the end of the job is not in the incident file: %s", error)
+
+    def _append(self, job: Job) -> None:
+        """A journal that cannot be written is lost protection, not a reason to stop a job: said once, and shown."""
+        if self._journal is None:
+            return
+        try:
+            self._journal.append(durable(job))
+            self._journal_error = None
+        except StoreError as error:
+            if self._journal_error is None:
+                logger.warning("%s; a restarted coordinator would not know it", error)
+            self._journal_error = str(error)
+
+    def _revived(self, journal: Journal | None) -> Job:
+        if journal is None or journal.last is None:
+            return Job(since_s=self._clock())
+        return revive(self._config, journal.last, self._clock())
+
+    def _rank(self, fields: Fields) -> int:
+        rank = fields.integer("rank")
+        if rank >= self._config.world_size:
+            raise ConfigError(f"there is no rank {rank} in a world of {self._config.world_size}", rank=rank)
+        return rank
+
+    def _where(self) -> dict[str, Any]:
+        return {"phase": self._job.phase.value, "generation": self._job.generation}
+
+    def _check_epoch(self, fields: Fields) -> None:
+        epoch = fields.integer("epoch", default=0)
+        if epoch > self.epoch:
+            self._deposed_by = epoch
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise CoordinatorUnavailable(f"the coordinator of job {self.job_id} was closed; nothing can be asked of it")
+        if self._deposed_by is not None:
+            raise Fenced(
+                f"this coordinator (epoch {self.epoch}) was replaced by a newer one (epoch {self._deposed_by})",
+                epoch=self._deposed_by,
+            )
+
+    def _check_sender(self, fields: Fields) -> None:
+        """A supervisor that was replaced is told so: it must not start a second process for its rank."""
+        sender = fields.text("sender", default="")
+        if not sender:
+            return
+        rank = self._rank(fields)
+        member = self._job.members.get(rank)
+        if member is not None and identity_of(member) != sender:
+            raise Fenced(f"another supervisor has taken the place of this one for rank {rank}; end", rank=rank)
