@@ -33,8 +33,8 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_DIMS = 64
 _MAX_COMPARISONS = 4_000_000  # of parts of one tensor; a 1,000 x 1,000 mesh needs a quarter of it
 
-_STEP_DIRECTORY = re.compile(r"step-(\d{8,15})(?:\.g(\d{1,9})(?:-([0-9a-f]{8}))?)?")
-_FILE_NAME = re.compile(r"(?:rank-\d{5,9}\.(?:safetensors|json)|attempt\.json)")
+_STEP_DIRECTORY = re.compile(r"step-([0-9]{8,15})(?:\.g([0-9]{1,9})(?:-([0-9a-f]{8}))?)?")
+_FILE_NAME = re.compile(r"(?:rank-[0-9]{5,9}\.(?:safetensors|json)|attempt\.json)")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 # torch's name of a dtype -> (the safetensors name, bytes per element)

@@ -37,6 +37,7 @@ from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.writer import write_rank
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
+_MAX_REPEATS = 16  # commits of one step by one generation
 _VISIBLE_TIMEOUT_S = 15.0  # NFS clients may not see another client's new file for some seconds (attribute cache)
 
 
@@ -280,9 +281,10 @@ class Store:
         fields = _attempt_fields(step, generation, world_size, owner)
         data = (json.dumps(fields) + "\n").encode()
         for name in _candidates(step, generation, owner):
-            if self._backend.claim(f"{self.run}/{name}", ATTEMPT_NAME, data) or self._attempt_in(name) == fields:
-                if self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
-                    raise Fenced(f"step {step} of generation {generation} is committed already in {name}.", step=step)
+            if not self._backend.claim(f"{self.run}/{name}", ATTEMPT_NAME, data) and self._attempt_in(name) != fields:
+                continue
+            # A generation that rolled back comes to the same step again; what it committed before stays as it is.
+            if not self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
                 return name
         raise StoreError(
             f"store {self.url}: every directory for step {step} of generation {generation} in run {self.run} is taken. "
@@ -359,12 +361,11 @@ def default_commit(
     Store(url, run=runs.pop()).commit(step, generation, world_size, parts, meta)
 
 
-def _candidates(step: int, generation: int, owner: str) -> tuple[str, ...]:
-    return (
-        step_directory(step),
-        step_directory(step, generation=generation),
-        step_directory(step, generation=generation, owner=owner),
-    )
+def _candidates(step: int, generation: int, owner: str) -> list[str]:
+    """Directories for an attempt, the plainest first; the later ones are this owner's alone."""
+    names = [step_directory(step), step_directory(step, generation=generation)]
+    repeats = (f"{owner}#{count}" for count in range(_MAX_REPEATS))
+    return names + [step_directory(step, generation=generation, owner=repeat) for repeat in repeats]
 
 
 def _attempt_fields(step: int, generation: int, world_size: int, owner: str) -> dict[str, Any]:
