@@ -1,0 +1,165 @@
+"""The last batches as they were given, so that a rollback gives them again without asking the loader."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from arc_dist.data.digest import batch_digest
+from arc_dist.data.position import Anchor, Check
+from arc_dist.data.witness import Witness
+from arc_dist.snapshot.rng import RngState, pack_rng
+
+_MAX_DEPTH = 8
+_MAX_ANCHORS = 8
+
+
+@dataclasses.dataclass
+class Epoch:
+    """How an epoch began, and what was learned on the way; shared by all its batches."""
+
+    number: int
+    rng: RngState | bytes | None
+    generators: Mapping[str, Any]
+    reused_workers: bool
+    first: Check | None = None
+    last: Check | None = None  # of the newest position recorded
+    anchors: list[Anchor] = dataclasses.field(default_factory=list)
+    witness: Witness | None = None
+    drew_before: bool | None = False  # what the witness of an earlier process said
+    head: tuple[Any, bytes] | None = None  # what the encoded part of a mark was made from, and itself
+
+    @property
+    def drew(self) -> bool | None:
+        """Whether making items drew random numbers in workers; None when not known."""
+        if self.witness is None or self.drew_before is None:
+            return None
+        return self.drew_before or self.witness.drew
+
+    def packed_rng(self) -> bytes | None:
+        if isinstance(self.rng, RngState):
+            self.rng = pack_rng(self.rng)
+        return self.rng
+
+    def add_anchor(self, anchor: Anchor) -> None:
+        """Keeps the newest few: a position needs one that lies before it."""
+        if not self.anchors or self.anchors[-1].index < anchor.index:
+            self.anchors.append(anchor)
+            del self.anchors[:-_MAX_ANCHORS]
+
+
+class Entry:
+    """A batch that was given: its place, its content, and the random states around its fetch."""
+
+    __slots__ = ("_content", "_tensors", "after", "before", "epoch", "index", "nbytes", "ordinal")
+
+    def __init__(
+        self, *, ordinal: int, epoch: Epoch, index: int, data: Any, before: RngState | None, after: RngState | None
+    ) -> None:
+        tensors: list[torch.Tensor] = []
+        self.ordinal = ordinal
+        self.epoch = epoch
+        self.index = index
+        self.before = before
+        self.after = after
+        self._content = _copy_containers(data, tensors, 0)
+        # A tensor's version grows with every in-place change; inference tensors have none.
+        self._tensors = [(t, -1 if t.is_inference() else t._version) for t in tensors]
+        self.nbytes = sum(t.nbytes if t.layout is torch.strided else 0 for t in tensors)
+
+    @property
+    def is_intact(self) -> bool:
+        """False when a tensor of the batch was changed in place since it was given."""
+        return all(version == -1 or tensor._version == version for tensor, version in self._tensors)
+
+    @property
+    def data(self) -> Any:
+        """The batch, in containers of its own: taking an entry out of a dict does not change what is kept."""
+        return _copy_containers(self._content, [], 0)
+
+    def check(self) -> Check | None:
+        """How to recognise this batch; None when it has been changed in place since it was given."""
+        if not self.is_intact:
+            return None
+        before = None
+        if self.before is not None and self.after is not None:
+            packed = pack_rng(self.before)
+            if packed != pack_rng(self.after):
+                before = packed
+        return Check(self.index, batch_digest(self._content), before)
+
+
+def _copy_containers(value: Any, tensors: list[torch.Tensor], depth: int) -> Any:
+    kind = type(value)
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return value
+    if depth >= _MAX_DEPTH:
+        return value
+    if kind is list:
+        return [_copy_containers(entry, tensors, depth + 1) for entry in value]
+    if kind is tuple:
+        return tuple([_copy_containers(entry, tensors, depth + 1) for entry in value])
+    if kind is dict:
+        return {key: _copy_containers(entry, tensors, depth + 1) for key, entry in value.items()}
+    if isinstance(value, tuple):  # a named tuple cannot be changed; its tensors can
+        for entry in value:
+            _copy_containers(entry, tensors, depth + 1)
+        return value
+    if isinstance(value, Mapping):  # such as the UserDict of a tokenizer
+        for entry in value.values():
+            _copy_containers(entry, tensors, depth + 1)
+        try:
+            return copy.copy(value)
+        except TypeError:  # a mapping that cannot be copied is given as it is
+            return value
+    return value
+
+
+class ReplayBuffer:
+    """A bounded window of consecutive batches, the newest last.
+
+    Args:
+        capacity: batches that can be given again.
+        max_nbytes: bound on the tensors' bytes; the newest batch is kept whatever its size.
+    """
+
+    def __init__(self, capacity: int, max_nbytes: int) -> None:
+        self._capacity = capacity + 1  # the batch before a position is what the position is recognised by
+        self._max_nbytes = max_nbytes
+        self._entries: deque[Entry] = deque()
+        self._nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def append(self, entry: Entry) -> None:
+        entries = self._entries
+        entries.append(entry)
+        self._nbytes += entry.nbytes
+        while len(entries) > self._capacity or (self._nbytes > self._max_nbytes and len(entries) > 1):
+            self._nbytes -= entries.popleft().nbytes
+
+    def get(self, ordinal: int) -> Entry | None:
+        """The batch with this ordinal, if it is still held."""
+        if not self._entries:
+            return None
+        offset = ordinal - self._entries[0].ordinal
+        return self._entries[offset] if 0 <= offset < len(self._entries) else None
+
+    def release(self, ordinal: int) -> None:
+        """Lets go of what only positions before `ordinal` need."""
+        while self._entries and self._entries[0].ordinal < ordinal - 1:
+            self._nbytes -= self._entries.popleft().nbytes
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self._nbytes = 0
