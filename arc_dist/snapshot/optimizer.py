@@ -35,7 +35,6 @@ class OptimizerState:
         self._state_prefix = f"{prefix}state."
         self._by_name: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
-        self._other: list[tuple[torch.Tensor | Any, str | None, list[Any]]] = []
         self._groups: dict[int, dict[str, Any]] = {}
         self._on_host: dict[str, bool] = {}
         self._layouts: dict[str, list[str] | None] = {}
@@ -71,24 +70,17 @@ class OptimizerState:
         self._names = {id(parameter): names[id(parameter)] for parameter in parameters}
         self._by_name = {self._names[id(parameter)]: parameter for parameter in parameters}
         self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._other, self._on_host, self._layouts = [], {}, {}
+        self._on_host, self._layouts = {}, {}
         found: list[tuple[str, torch.Tensor]] = []
         for key, fields in optimizer.state.items():
             name = self._names.get(id(key))
             if name is None or not isinstance(fields, dict):
-                if not isinstance(key, torch.Tensor) or name is not None:  # else left by a parameter since removed
-                    self._other.append((key, name, []))
                 continue
-            others: list[Any] = []
             for field, value in fields.items():
-                if not _is_tensor_field(field, value, key):
-                    others.append(field)
-                    continue
-                full = f"{self._state_prefix}{name}.{field}"
-                found.append((full, value))
-                self._note_place(full, field, value, key)
-            if others or not fields:
-                self._other.append((key, name, others))
+                if _is_tensor_field(field, value, key):
+                    full = f"{self._state_prefix}{name}.{field}"
+                    found.append((full, value))
+                    self._note_place(full, field, value, key)
         return found
 
     def _require_known(self, parameters: Sequence[torch.Tensor], names: Mapping[int, str]) -> None:
@@ -134,14 +126,17 @@ class OptimizerState:
         ]
         other: dict[str, Any] = {}
         unkeyed: dict[Any, Any] = {}
-        for key, name, fields in self._other:
-            value = self.optimizer.state.get(key)
+        for key, fields in self.optimizer.state.items():
+            name = names.get(id(key))
             if name is None:
-                unkeyed[key] = value
-            elif isinstance(value, dict):
-                other[name] = {field: value[field] for field in fields if field in value}
+                if not isinstance(key, torch.Tensor):  # else left by a parameter since removed
+                    unkeyed[key] = fields
+            elif not isinstance(fields, dict):
+                other[name] = fields
             else:
-                other[name] = value
+                rest = {f: value for f, value in fields.items() if not _is_tensor_field(f, value, key)}
+                if rest or not fields:
+                    other[name] = rest
         return {
             "groups": groups,
             "other": other,

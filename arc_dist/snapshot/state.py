@@ -194,7 +194,8 @@ class TrainingState:
         """
         with torch.no_grad():
             self._reshard()
-            self._index()
+            if not self._is_current():
+                self._index()
             if small is not None:
                 small = copy.deepcopy(dict(small))  # objects take parts of it over
                 self._require_same_kinds(small)
@@ -207,7 +208,8 @@ class TrainingState:
             copy_exact([target for target, _ in pending], [source for _, source in pending])
             if small is not None:
                 restore_rng(small["rng"])
-            self._index()
+            if not self._is_current():
+                self._index()
 
     def _match(
         self, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]
