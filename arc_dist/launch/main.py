@@ -50,6 +50,8 @@ def start() -> Callable[[], NoReturn]:
         ending = host.supervise(env, membership, forked)
     except ArcError as error:
         _fail(error, says=True)
+    except KeyboardInterrupt:  # before the supervisor took signals over
+        _leave(-signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         _leave(int(ExitCode.INFRASTRUCTURE))
@@ -71,7 +73,7 @@ def _preload(options: command_line.Options) -> None:
     if options.no_preload:
         return
     zygote.preload(_PRELOADED)
-    zygote.preload(_OWN_PRELOADED)
+    zygote.preload(("arc_dist.launch.steps",) if options.no_guard else _OWN_PRELOADED)
     zygote.preload(options.preload)
 
 
@@ -80,6 +82,10 @@ def _run_script(options: command_line.Options) -> NoReturn:
         from arc_dist.hooks import guard_script
 
         guard_script()
+    elif not options.no_preload:
+        from arc_dist.launch.steps import count_steps
+
+        count_steps(os.environ["ARC_SHM_DIR"], int(os.environ["ARC_GENERATION"]))
     script.run(options.target)
 
 

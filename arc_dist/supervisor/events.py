@@ -93,22 +93,27 @@ class DirectivePoller:
     """Asks the coordinator what to do, in a thread of its own, one question at a time.
 
     Args:
-        ask: ``(generation, timeout_s) -> directive``; the coordinator's long poll.
+        ask: ``(generation, after, timeout_s) -> directive``; the coordinator's long poll.
         events: where the answers go.
     """
 
-    def __init__(self, ask: Callable[[int, float], dict[str, Any]], events: Events[Event]) -> None:
+    def __init__(self, ask: Callable[[int, str, float], dict[str, Any]], events: Events[Event]) -> None:
         self._ask = ask
         self._events = events
-        self._questions: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._pending: int | None = None
+        self._questions: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._pending: tuple[int, str] | None = None
         threading.Thread(target=self._run, name="arc-directive", daemon=True).start()
 
-    def ask(self, generation: int) -> None:
-        """Asks for the directive about `generation`, unless that question is on its way already."""
-        if self._pending != generation:
-            self._pending = generation
-            self._questions.put(generation)
+    def ask(self, generation: int, *, after: str = "") -> None:
+        """Asks for the directive about `generation`, unless that question is on its way already.
+
+        Args:
+            generation: the one that runs here, or that this rank is ready for.
+            after: the kind of directive that is being followed, which is no answer.
+        """
+        if self._pending != (generation, after):
+            self._pending = (generation, after)
+            self._questions.put((generation, after))
 
     def answered(self) -> None:
         """The main thread has taken the answer; the same question may be asked again."""
@@ -117,15 +122,15 @@ class DirectivePoller:
     def _run(self) -> None:
         try:
             while True:
-                self._settle(self._questions.get())
+                self._settle(*self._questions.get())
         except BaseException as error:  # nobody reads this thread's traceback; the main thread's everybody does
             self._events.put(Failed(error))
 
-    def _settle(self, generation: int) -> None:
+    def _settle(self, generation: int, after: str) -> None:
         pause_s = _RETRY_FIRST_S
         while True:
             try:
-                directive = self._ask(generation, LONG_POLL_S)
+                directive = self._ask(generation, after, LONG_POLL_S)
             except CoordinatorUnavailable as error:
                 self._events.put(CoordinatorLost(str(error)))
                 time.sleep(pause_s)

@@ -55,12 +55,9 @@ class Incident:
         )
 
     def first_line(self, pid: int | None) -> str:
-        """Said at once."""
+        """Said at once; the logger names the rank."""
         where = "" if self.step is None else f" after step {self.step}"
-        return (
-            f"rank {self.rank}, generation {self.generation}: trainer {pid} died{where}: {self.cause}; "
-            f"asking the coordinator how to go on"
-        )
+        return f"generation {self.generation}: trainer {pid} died{where}: {self.cause}"
 
     def resumed(self, *, generation: int, plan: Mapping[str, Any], forked_at: float) -> dict[str, Any]:
         """The record, once the next generation's trainer is forked."""
@@ -88,6 +85,6 @@ class Incident:
         restored = "from the script's start" if source is None else f"from step {report['restored_step']} {source}"
         lost = "" if report["steps_lost"] is None else f", {report['steps_lost']} steps lost"
         return (
-            f"rank {self.rank}: all ranks restarted as generation {report['new_generation']} {restored}, "
+            f"all ranks restarted as generation {report['new_generation']} {restored}, "
             f"{report['resumed_after_s']:.3f} s after the death{lost}"
         )

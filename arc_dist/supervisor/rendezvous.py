@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from arc_dist.errors import ConfigError, InfrastructureError
 from arc_dist.supervisor.membership import Membership
+from arc_dist.telemetry.log import logger
 
 _POLL_S = 0.02
 _STORE_TIMEOUT_S = 300.0
@@ -80,6 +81,23 @@ class Meeting:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_S)
+
+
+    def leave(self, token: str, membership: Membership, *, timeout_s: float) -> None:
+        """Says that this supervisor needs the coordinator no more; rank 0, which hosts it, waits for the others.
+
+        Best effort and bounded: a supervisor that was killed never says so.
+        """
+        key = f"left/{token}"
+        deadline = time.monotonic() + timeout_s
+        try:
+            if membership.rank != 0:
+                self._store.add(key, 1)
+                return
+            while self._store.add(key, 0) < membership.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        except RuntimeError as error:  # the launcher's store is gone, so the others are ending too
+            logger.debug("rank %d left without saying so: %s", membership.rank, error)
 
 
 class GenerationStores:

@@ -54,16 +54,19 @@ _SIGNAL_RACE_S = 0.02
 _ZYGOTE_START_LIMIT_S = 300.0
 _COORDINATOR_LIMIT_S = 10.0
 _FAREWELL_LIMIT_S = 5.0
+_RETRY_S = 0.05
+_LONG_RUN_S = 60.0
 
 # After these the trainer's end is the job's end, however it ended.
 _LEAVING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
 
 class Client(Protocol):
-    """What a supervisor asks of the coordinator; see arc_dist/coordinator for what the answers mean."""
+    """What a supervisor asks of the coordinator; coordinator/service.py says what the answers mean."""
 
     def ready(
         self,
+        *,
         rank: int,
         generation: int,
         store: dict[str, Any] | None,
@@ -71,11 +74,12 @@ class Client(Protocol):
         shm_dir: str,
         host: str,
     ) -> dict[str, Any]: ...
-    def died(self, rank: int, generation: int, cause: dict[str, Any], step: int | None) -> dict[str, Any]: ...
-    def finished(self, rank: int, generation: int) -> dict[str, Any]: ...
-    def directive(self, rank: int, generation: int, timeout_s: float) -> dict[str, Any]: ...
-    def incident(self, incident: dict[str, Any]) -> dict[str, Any]: ...
-    def preempt(self, rank: int) -> dict[str, Any]: ...
+    def died(self, *, rank: int, generation: int, cause: dict[str, Any], step: int | None) -> dict[str, Any]: ...
+    def finished(self, *, rank: int, generation: int) -> dict[str, Any]: ...
+    def directive(self, *, rank: int, generation: int, timeout_s: float, after: str) -> dict[str, Any]: ...
+    def incident(self, **line: Any) -> dict[str, Any]: ...
+    def progress(self, *, rank: int, generation: int, step: int) -> dict[str, Any]: ...
+    def preempt(self, *, rank: int) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +145,9 @@ class Supervisor:
         self._coordinator_lost_at: float | None = None
         self._coordinator_error = ""
         self._page = layout.StatusPage.create(setup.shm_dir)
-        self._poller = DirectivePoller(lambda g, t: client.directive(setup.rank, g, t), events)
+        self._poller = DirectivePoller(self._ask, events)
         self._incident: Incident | None = None
+        self._furthest = 0
 
     def run(self, generation: int) -> Ending:
         """Runs generations from `generation` on until the job is done, stopped or told to go.
@@ -162,12 +167,20 @@ class Supervisor:
                     return ending
                 directive = self._take_directive(generation)
             if directive["kind"] == "end":
-                self._part_and_kill(generation, directive)
-                generation = max(generation, int(directive["generation"])) + 1
+                self._part_and_kill(directive["reason"])
+                generation = int(directive["generation"]) + 1
             elif directive["kind"] == "stop":
-                return self._stop(generation, directive)
+                return self._stop(directive)
             elif directive["kind"] == "done":
                 return Ending(0)
+
+    def _ask(self, generation: int, after: str, timeout_s: float) -> dict[str, Any]:
+        return self._client.directive(rank=self._setup.rank, generation=generation, timeout_s=timeout_s, after=after)
+
+    @property
+    def was_preempted(self) -> bool:
+        """Whether SIGTERM reached this supervisor."""
+        return signal.SIGTERM in self._signals
 
     # --- one generation -----------------------------------------------------------------------------------------------
 
@@ -187,13 +200,20 @@ class Supervisor:
             for slot in layout.inspect(setup.shm_dir)
         ]
         self._insist(
-            lambda: self._client.ready(setup.rank, generation, store, inventory, str(setup.shm_dir), setup.host)
+            lambda: self._client.ready(
+                rank=setup.rank,
+                generation=generation,
+                store=store,
+                inventory=inventory,
+                shm_dir=str(setup.shm_dir),
+                host=setup.host,
+            )
         )
 
     def _run_generation(self, generation: int, directive: dict[str, Any]) -> Ending | None:
         """Forks the trainer and waits until it is over; None when the next directive says how to go on."""
         trainer = self._fork(generation, directive)
-        self._poller.ask(generation)
+        self._poller.ask(generation, after="run")
         if self._setup.store_for is not None:
             self._setup.store_for(generation + 1)
         self._setup.generation_began(generation)
@@ -235,7 +255,6 @@ class Supervisor:
     def _after_exit(self, trainer: _Trainer) -> Ending | None:
         """Reports a trainer that ended by itself; an Ending when this is also the end of the supervisor."""
         assert trainer.returncode is not None and trainer.exited_at is not None
-        status = self._page.read()
         exception = layout.read_exception(self._setup.shm_dir)
         cause = causes.classify(
             trainer.returncode,
@@ -249,10 +268,9 @@ class Supervisor:
             return None  # the peer's own supervisor said what happened, and the generation is over
         if self._directive is not None:
             return None
-        counts = status.pid == trainer.pid  # else the page is as we set it up: the script counts no steps
-        step = status.step if counts else None
+        step = self._last_step(trainer)
         if cause.kind == "finished":
-            self._insist(lambda: self._client.finished(self._setup.rank, trainer.generation))
+            self._insist(lambda: self._client.finished(rank=self._setup.rank, generation=trainer.generation))
         else:
             self._incident = Incident.seen(
                 rank=self._setup.rank,
@@ -260,17 +278,41 @@ class Supervisor:
                 step=step,
                 cause=cause,
                 exited_at=trainer.exited_at,
-                last_progress_at=status.progress_ns / 1e9 if counts else None,
+                last_progress_at=self._page.read().progress_ns / 1e9 if step is not None else None,
             )
             logger.warning("%s", self._incident.first_line(trainer.pid))
-            self._insist(lambda: self._client.died(self._setup.rank, trainer.generation, cause.to_wire(), step))
-        self._await_directive(trainer.generation, keep=True)
+            self._count_long_run(trainer, step)
+            self._insist(lambda: self._client.died(**self._death(trainer, cause, step)))
         return None
 
-    def _part_and_kill(self, generation: int, directive: dict[str, Any]) -> None:
+    def _count_long_run(self, trainer: _Trainer, step: int | None) -> None:
+        """Lets a long run of a script that keeps its own checkpoints count as progress.
+
+        Such a script's steps are counted from its start in every generation, so they say nothing about how far the
+        job is. A short run counts only when it got further than any before.
+        """
+        if step is None or trainer.forked_at is None or trainer.exited_at is None:
+            return
+        if self._page.read().phase != layout.Phase.NONE:
+            return
+        long = trainer.exited_at - trainer.forked_at >= _LONG_RUN_S
+        self._furthest = self._furthest + step if long else max(self._furthest, step)
+        report = {"rank": self._setup.rank, "generation": trainer.generation, "step": self._furthest}
+        self._insist(lambda: self._client.progress(**report))
+
+    def _last_step(self, trainer: _Trainer) -> int | None:
+        """The trainer's last committed step; None for a script that counts none (the page is as we set it up)."""
+        status = self._page.read()
+        return status.step if status.pid == trainer.pid else None
+
+    def _death(self, trainer: _Trainer, cause: causes.Cause, step: int | None) -> dict[str, Any]:
+        generation = trainer.generation
+        return {"rank": self._setup.rank, "generation": generation, "cause": cause.to_wire(), "step": step}
+
+    def _part_and_kill(self, reason: str) -> None:
         """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so."""
         trainer = self._trainer
-        if trainer is None or trainer.generation != generation:
+        if trainer is None:
             return
         asked_at = time.monotonic()
         while trainer.returncode is None:
@@ -285,14 +327,13 @@ class Supervisor:
             self._wait(lambda: trainer.returncode is not None, timeout_s=_PARTING_POLL_S)
         if not self._wait(lambda: trainer.clean, timeout_s=_KILL_LIMIT_S):
             raise InfrastructureError(
-                f"rank {self._setup.rank}: trainer {trainer.pid} of generation {generation} does not die, "
+                f"rank {self._setup.rank}: trainer {trainer.pid} of generation {trainer.generation} does not die, "
                 f"{_KILL_LIMIT_S:.0f} s after SIGKILL: it hangs in the kernel (GPU driver, network file system). "
                 f"Take this node out of the job.",
                 rank=self._setup.rank,
                 pid=trainer.pid,
             )
-        reason = directive.get("reason", "")
-        logger.debug("generation %d ended on rank %d: %s", generation, self._setup.rank, reason)
+        logger.debug("generation %d ended here: %s", trainer.generation, reason)
 
     def _finish_incident(self, trainer: _Trainer) -> None:
         incident, self._incident = self._incident, None
@@ -301,7 +342,7 @@ class Supervisor:
         report = incident.resumed(generation=trainer.generation, plan=trainer.plan, forked_at=trainer.forked_at)
         logger.warning("%s", incident.second_line(report))
         with self._tolerating_coordinator("the incident was not recorded"):
-            self._client.incident(report)
+            self._client.incident(**report)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -316,13 +357,13 @@ class Supervisor:
         """Ends as the trainer ended, after telling the coordinator, which tells ranks that were not signalled."""
         assert trainer.returncode is not None
         if cause.kind != "finished":
-            logger.warning("rank %d ends with its trainer: %s", self._setup.rank, cause)
+            logger.warning("generation %d: trainer ended, and so does its supervisor: %s", trainer.generation, cause)
         with self._tolerating_coordinator("the end of this rank was not reported"):
             if cause.kind == "finished":
-                self._client.finished(self._setup.rank, trainer.generation)
+                self._client.finished(rank=self._setup.rank, generation=trainer.generation)
             else:
-                self._client.died(self._setup.rank, trainer.generation, cause.to_wire(), self._page.read().step)
-                if signal.SIGTERM in self._signals:
+                self._client.died(**self._death(trainer, cause, self._last_step(trainer)))
+                if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
         return Ending(trainer.returncode)
 
@@ -336,12 +377,12 @@ class Supervisor:
             if not self._wait(lambda: self._directive is not None, timeout_s=deadline - time.monotonic()):
                 return
             directive, self._directive = self._directive, None
-            if directive is None or directive["kind"] in ("stop", "done", "run"):
+            if directive is None or directive["kind"] != "end":
                 return
             self._poller.ask(generation + 1)
 
-    def _stop(self, generation: int, directive: dict[str, Any]) -> Ending:
-        self._part_and_kill(generation, directive)
+    def _stop(self, directive: dict[str, Any]) -> Ending:
+        self._part_and_kill("the job stops")
         code = int(directive["exit_code"])
         log = logger.error if self._setup.rank == 0 else logger.debug
         log("the job stops (%s): %s", process.describe_status(code), directive.get("reason", "no reason given"))
@@ -374,11 +415,7 @@ class Supervisor:
                 f"its error output above says why."
             )
         self._zygote_ready = False
-        logger.warning(
-            "rank %d: the zygote (pid %d) died; starting another, which imports torch again",
-            self._setup.rank,
-            self._zygote.pid,
-        )
+        logger.warning("the zygote (pid %d) died; starting another, which imports torch again", self._zygote.pid)
         self._zygote.sock.close()
         self._zygote = zygote.start_zygote()
         read_zygote(self._zygote.sock, self._zygote.pid, self._events)
@@ -390,9 +427,14 @@ class Supervisor:
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
-    def _await_directive(self, generation: int, *, keep: bool = False) -> dict[str, Any]:
-        """Waits for the directive about `generation`. Bounded by the coordinator's own rules; here only its loss is."""
-        self._poller.ask(generation)
+    def _await_directive(self, generation: int, after: str = "") -> dict[str, Any]:
+        """Waits for the directive about `generation`. Bounded by the coordinator's own rules; here only its loss is.
+
+        Args:
+            generation: the one that runs here, or that this rank is ready for.
+            after: the kind of directive that is being followed, which is no answer.
+        """
+        self._poller.ask(generation, after=after)
         while not self._wait(lambda: self._directive is not None, timeout_s=1.0):
             lost_at = self._coordinator_lost_at
             if lost_at is not None and time.monotonic() - lost_at > _COORDINATOR_LIMIT_S:
@@ -403,7 +445,7 @@ class Supervisor:
                 )
             if self._leaving_without_trainer():
                 return {"kind": "stop", "exit_code": -self._signals[0], "reason": "told to end while nothing ran"}
-        return self._take_directive(generation) if not keep else (self._directive or {})
+        return self._take_directive(generation)
 
     def _leaving_without_trainer(self) -> bool:
         trainer = self._trainer
@@ -411,9 +453,7 @@ class Supervisor:
 
     def _take_directive(self, generation: int) -> dict[str, Any]:
         directive, self._directive = self._directive, None
-        if directive is None:
-            return self._await_directive(generation)
-        return directive
+        return directive if directive is not None else self._await_directive(generation, after="run")
 
     def _insist(self, call: Callable[[], Any]) -> None:
         """Makes a call that must reach the coordinator; asks again until it does or is lost for too long."""
@@ -423,19 +463,19 @@ class Supervisor:
                 call()
                 return
             except CoordinatorUnavailable as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._leaving_without_trainer():
                     raise CoordinatorUnavailable(
                         f"rank {self._setup.rank}: {error}. If rank 0's host is lost, the launcher must restart the "
                         f"job (torchrun --max-restarts)."
                     ) from error
-                time.sleep(0.05)
+                self._wait(lambda: False, timeout_s=_RETRY_S)
 
     @contextlib.contextmanager
     def _tolerating_coordinator(self, consequence: str):
         try:
             yield
         except ArcError as error:
-            logger.warning("rank %d: %s: %s", self._setup.rank, consequence, error)
+            logger.warning("%s: %s", consequence, error)
 
     def _wait(self, done: Callable[[], bool], *, timeout_s: float | None = None) -> bool:
         """Handles events until `done()`; False when `timeout_s` is over before."""
@@ -490,7 +530,7 @@ class Supervisor:
         self._command({"command": "signal", "number": number})
         if number == signal.SIGTERM:
             with self._tolerating_coordinator("the preemption was not reported"):
-                self._client.preempt(self._setup.rank)
+                self._client.preempt(rank=self._setup.rank)
 
 
 def exit_code_of(error: ArcError) -> int:

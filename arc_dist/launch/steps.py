@@ -1,0 +1,23 @@
+"""Counts optimizer steps of a script that is not guarded, so that a restart can be told from a loop without progress."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from arc_dist.snapshot.layout import Phase, StatusPage
+
+
+def count_steps(directory: str, generation: int) -> None:
+    """Installs a hook that writes the number of optimizer steps to the status page; imports torch."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    page, owner, steps = StatusPage.open(directory), os.getpid(), 0
+
+    def count(optimizer: Any, args: Any, kwargs: Any) -> None:
+        nonlocal steps
+        if os.getpid() == owner:  # a forked child that trains something else inherits this
+            steps += 1
+            page.write(phase=Phase.NONE, step=steps, generation=generation)
+
+    register_optimizer_step_post_hook(count)

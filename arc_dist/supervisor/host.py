@@ -1,0 +1,189 @@
+"""What a supervisor needs around it: shared memory, the coordinator (rank 0 hosts it), the stores, the signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from arc_dist.config import Env, default_run_dir
+from arc_dist.coordinator.client import CoordinatorClient, LocalClient
+from arc_dist.coordinator.server import CoordinatorServer
+from arc_dist.coordinator.service import Coordinator
+from arc_dist.errors import ConfigError, CoordinatorUnavailable
+from arc_dist.snapshot.directory import OwnedDirectory
+from arc_dist.supervisor import process, zygote
+from arc_dist.supervisor.events import Event, Events, Signalled
+from arc_dist.supervisor.membership import Membership
+from arc_dist.supervisor.rendezvous import (
+    CoordinatorAddress,
+    GenerationStores,
+    Meeting,
+    advertised_host,
+    host_identity,
+)
+from arc_dist.supervisor.supervisor import Client, Ending, Setup, Supervisor
+from arc_dist.telemetry.log import set_up_logging
+
+_JOIN_LIMIT_S = 600.0  # ranks of a large job may take minutes to import torch from a shared file system
+_JOIN_RETRY_S = 0.05
+_ANNOUNCEMENT_GRACE_S = 2.0
+_CLIENT_TIMEOUT_S = 5.0
+_FAREWELL_LIMIT_S = 5.0
+_PREEMPTION_FAREWELL_LIMIT_S = 25.0  # torchrun kills what has not ended 30 s after its SIGTERM
+
+
+def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygoteProcess) -> Ending:
+    """Runs this rank's supervisor to its end. Call it from the main thread, after the zygote was forked.
+
+    Raises:
+        ArcError: the job cannot start or go on; the message is for the user.
+    """
+    set_up_logging(level=env.log_level, rank=membership.rank, world_size=membership.world_size)
+    if env.log_level != "debug":
+        # The supervisors of the ranks concerned say the same, with times.
+        logging.getLogger("arc_dist.coordinator").setLevel(logging.WARNING)
+    process.adopt_orphans()
+    with contextlib.ExitStack() as stack:
+        directory = _own_directory(env.shm_root, f"{membership.run_id or env.job_id}-r{membership.rank}")
+        stack.callback(directory.close)
+        meeting = Meeting(membership) if membership.store_host is not None else None
+        address, generation, client = _connect(stack, env, membership, meeting, str(directory.path))
+        stores = None
+        if membership.rank == 0 and membership.store_host is not None:
+            stores = GenerationStores(advertised_host(membership)[0])
+        events: Events[Event] = queue.SimpleQueue()
+        stack.enter_context(_signals_as_events(events))
+        setup = Setup(
+            rank=membership.rank,
+            host=host_identity(),
+            shm_dir=directory.path,
+            environ={
+                "ARC_COORDINATOR": address.url,
+                "ARC_TOKEN": address.token,
+                "ARC_JOB_ID": address.job_id,
+                "ARC_RUN_DIR": address.run_dir,
+            },
+            store_for=stores.prepare if stores is not None else None,
+            generation_began=stores.retire if stores is not None else lambda generation: None,
+            uses_store=membership.store_host is not None,
+        )
+        supervisor = Supervisor(setup, client, zygote_process, events)
+        try:
+            return supervisor.run(generation)
+        finally:
+            if meeting is not None:
+                limit_s = _PREEMPTION_FAREWELL_LIMIT_S if supervisor.was_preempted else _FAREWELL_LIMIT_S
+                meeting.leave(address.token, membership, timeout_s=limit_s)
+
+
+def _connect(
+    stack: contextlib.ExitStack, env: Env, membership: Membership, meeting: Meeting | None, shm_dir: str
+) -> tuple[CoordinatorAddress, int, Client]:
+    """Hosts the coordinator (rank 0) or finds it (the others), joins, and says which generation comes first."""
+    if membership.rank == 0:
+        address, client = _host_coordinator(stack, env, membership)
+        if meeting is not None:
+            meeting.announce(address)
+        answer = _join(client, membership, shm_dir)
+        return address, int(answer["generation"]), client
+    assert meeting is not None
+    deadline = time.monotonic() + _JOIN_LIMIT_S
+    problem = "nothing was announced"
+    refused: CoordinatorAddress | None = None
+    while time.monotonic() < deadline:
+        found = meeting.look_up(timeout_s=1.0)
+        if found is None:
+            continue
+        client = CoordinatorClient(found.url, found.token, timeout_s=_CLIENT_TIMEOUT_S)
+        try:
+            answer = _join(client, membership, shm_dir)
+            return found, int(answer["generation"]), client
+        except CoordinatorUnavailable as error:
+            problem = str(error)  # announced by a rank 0 that is gone; its successor announces itself in a moment
+            time.sleep(_JOIN_RETRY_S)
+        except ConfigError:
+            # The same port may have gone to the new rank 0's coordinator, which refuses the old token.
+            if found == refused:
+                raise
+            refused = found
+            time.sleep(_ANNOUNCEMENT_GRACE_S)
+    raise CoordinatorUnavailable(
+        f"rank {membership.rank}: no coordinator was found for {_JOIN_LIMIT_S:.0f} s: {problem}. "
+        f"Look at rank 0's output: its supervisor hosts it.",
+        rank=membership.rank,
+    )
+
+
+def _join(client: Any, membership: Membership, shm_dir: str) -> dict[str, Any]:
+    return client.join(
+        rank=membership.rank,
+        world_size=membership.world_size,
+        host=host_identity(),
+        pid=os.getpid(),
+        shm_dir=shm_dir,
+    )
+
+
+def _host_coordinator(stack: contextlib.ExitStack, env: Env, membership: Membership) -> tuple[CoordinatorAddress, Client]:
+    job_id = _job_id(env, membership)
+    run_dir = Path(os.environ["ARC_RUN_DIR"]) if os.environ.get("ARC_RUN_DIR") else default_run_dir(job_id)
+    _, listen = advertised_host(membership)
+    coordinator = Coordinator.open(
+        membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts
+    )
+    stack.callback(coordinator.close)
+    server = stack.enter_context(CoordinatorServer(coordinator, host=listen))
+    address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))
+    return address, LocalClient(coordinator)
+
+
+def _job_id(env: Env, membership: Membership) -> str:
+    """The launcher's name of the job, or one that no other job has: its journal must not be taken for ours.
+
+    torchrun's agent outlives its restarts of the supervisors, which are to find the journal again; so where there is
+    an agent, it is what names a job without a name.
+    """
+    if membership.run_id is not None:
+        return membership.run_id
+    if os.environ.get("ARC_JOB_ID"):
+        return env.job_id
+    pid = os.getppid() if membership.has_agent_store else os.getpid()
+    return f"job-{pid}-{process.start_ticks(pid) or 0}"
+
+
+def _own_directory(root: Path, label: str) -> OwnedDirectory:
+    if not root.is_dir():
+        raise ConfigError(f"the memory file system {root} is not a directory. Set ARC_SHM_ROOT to one, such as /dev/shm.")
+    try:
+        return OwnedDirectory(root, label)
+    except OSError as error:
+        raise ConfigError(
+            f"no directory for snapshots can be made in {root}: {error}. Set ARC_SHM_ROOT to a writable directory."
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_as_events(events: Events[Event]) -> Iterator[None]:
+    """From here on signals are told to the supervisor's loop; one that the caller ignores (nohup) stays ignored."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        events.put(Signalled(number))
+
+    old: dict[int, Any] = {}
+    for number in zygote.FORWARDED_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            old[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        # The rest of the way out is short; a second signal must not leave the directory in shared memory behind.
+        for number in old:
+            signal.signal(number, signal.SIG_IGN)
