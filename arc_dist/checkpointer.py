@@ -15,14 +15,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from arc_dist.checkpoint_store.codec import encode
-from arc_dist.checkpoint_store.format import ShardTensor, TensorSpec
+from arc_dist.checkpoint_store.format import ShardTensor
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ArcError, StoreError
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.telemetry.log import logger
 
 _POLL_S = 30.0
-OBJECTS_PREFIX = "arc.objects"
 
 
 class CommitPort(Protocol):
@@ -111,20 +110,9 @@ class Checkpointer:
     def _save(self, step: int, slot: int) -> None:
         began = time.perf_counter()
         specs, tensors, small = self._ring.restore(slot)
-        encoded, extra = encode(small)
+        # Small tensors inside objects (states of generators, running statistics) go into the JSON.
+        encoded, _ = encode(small, inline=True)
         shards = [ShardTensor(spec, tensor) for spec, tensor in zip(specs, tensors, strict=True)]
-        for path, tensor in extra.items():
-            # Small tensors inside objects (RNG states) belong to this rank alone.
-            shape = tuple(tensor.shape)
-            spec = TensorSpec(
-                name=f"{OBJECTS_PREFIX}.{self._rank}.{path}",
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=shape,
-                global_shape=shape,
-                offsets=(0,) * len(shape),
-                replicated=False,
-            )
-            shards.append(ShardTensor(spec, tensor.contiguous()))
         part = self._store.write_part(
             step,
             generation=self._generation,

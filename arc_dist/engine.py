@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sized
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from arc_dist import restore
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
-from arc_dist.coordinator.embedded import connect
+from arc_dist.connect import connect
 from arc_dist.data.source import BatchSource
 from arc_dist.errors import ConfigError
 from arc_dist.guard import Guard
@@ -31,7 +32,7 @@ from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
-from arc_dist.snapshot.rng import capture_rng
+from arc_dist.snapshot.rng import RngState, capture_rng
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger, set_up_logging
 from arc_dist.telemetry.recorder import Recorder, append_line
@@ -82,7 +83,7 @@ class Engine:
         self._last_step_at = 0.0
         self.must_agree_on_data = False
         self.started = False
-        self._rng: Any = None
+        self._rng: RngState | None = None
 
     # ------------------------------------------------------------------ starting
 
@@ -146,7 +147,8 @@ class Engine:
         """Opens the store on every rank; when one cannot write there, all stop with that rank's reason."""
         if self._store_url is None:
             return None
-        store = Store(self._store_url, run=self._run)
+        owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
+        store = Store(self._store_url, run=self._run, owner=owner)
         restore.agree(self.voter, store.check_writable, "the store cannot be used")
         return store
 
@@ -228,7 +230,7 @@ class Engine:
         """
         if self._record is not None:
             self._rng = capture_rng()
-            self._record.write(self.guard.step + 1, self._rng)
+            self._record.write(self.guard.step + 1, self._rng, self.state.moving_buffers())
 
     def check_boundary(self) -> None:
         """Between two steps: finds out whether the script draws random numbers there.
@@ -236,7 +238,7 @@ class Engine:
         If it does, the record made before the vote does not tell the state of the generators at the boundary, and
         survivors cannot stand in exactly for a rank that died; recovery then goes back to the last snapshot.
         """
-        if self._record is not None and self._rng is not None and capture_rng() != self._rng:
+        if self._record is not None and self._rng is not None and not same_rng(capture_rng(), self._rng):
             self._record = None
             logger.info("the loop's body draws random numbers: a lost rank will cost the steps since the last snapshot")
 
@@ -309,7 +311,7 @@ class Engine:
         recorded = self._record.read(guard.step)
         if recorded is not None and guard.slot_of(guard.step) is None:
             small = guard.small()
-            small["training"]["rng"] = recorded.rng
+            small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
             small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
             specs, tensors = self.state.tensors()
             if guard.is_finite() and small["data"] is not None:
@@ -355,3 +357,14 @@ class Engine:
         for close in reversed(self._closers):
             close()
         self.voter.close()
+
+
+def same_rng(a: RngState, b: RngState) -> bool:
+    """Whether two captured points are one."""
+    return (
+        a.python == b.python
+        and a.numpy is b.numpy
+        and torch.equal(a.torch, b.torch)
+        and len(a.cuda) == len(b.cuda)
+        and all(torch.equal(mine, theirs) for mine, theirs in zip(a.cuda, b.cuda, strict=True))
+    )

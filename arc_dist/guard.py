@@ -123,6 +123,7 @@ class Guard:
         self.cadence = SnapshotCadence(settings)
         self._uncertified: list[int] = []  # steps of snapshots that still have to prove themselves
         self._to_write: set[int] = set()
+        self._unprotected = True  # no snapshot of this process's beginning yet
 
     # ------------------------------------------------------------------ one step
 
@@ -235,9 +236,19 @@ class Guard:
         wanted = self._on_certified is not None and every is not None and step > 0 and step % every == 0
         if wanted:
             self._to_write.add(step)
-        if (wanted or self.cadence.due(step)) and step != self.cadence.last:
+        if self._unprotected:
+            self._protect_beginning()
+        elif (wanted or self.cadence.due(step)) and step != self.cadence.last:
             self.capture()
         self.cadence.settle(step, self.voter)
+
+    def _protect_beginning(self) -> None:
+        """The state that a process begins with is what the user made or what was verified: trusted at once."""
+        self._unprotected = False
+        if self.step not in self.certified_steps():
+            self.capture()
+            self._uncertified.clear()
+            self._certify(self.step)
 
     def capture(self) -> None:
         """Takes a snapshot of the present state."""
@@ -348,10 +359,10 @@ class Guard:
             cold: True in a new process, where the ladder's history comes from the snapshot too and the data source
                 is positioned by the caller.
         """
+        if self.data is not None and small["data"] is not None and not cold:
+            self.data.rewind(small["data"])  # may draw random numbers, so the state and its generators come after
         self.state.restore(specs, tensors, small["training"] if self._restore_rates else None)
         self.load_state_dict(small["guard"], with_history=cold)
-        if self.data is not None and small["data"] is not None and not cold:
-            self.data.rewind(small["data"])
 
     def certified_steps(self) -> list[int]:
         """Steps this rank holds a certified snapshot of, newest first."""
@@ -476,7 +487,7 @@ class Guard:
         specs, tensors = self.state.tensors()
         for spec, tensor in zip(specs, tensors, strict=True):
             if not spec.name.startswith("optimizer.") and self.state.is_judged(spec.name) and tensor.numel():
-                digest.update(int(torch.hash_tensor(tensor)).to_bytes(8, "little"))
+                digest.update(torch.hash_tensor(tensor).view(torch.int64).item().to_bytes(8, "little", signed=True))
         return digest.hexdigest()
 
     # ------------------------------------------------------------------ state

@@ -152,6 +152,7 @@ class GuardedLoop:
     def _fetch(self) -> list[Batch]:
         """The micro-batches of the next step; fewer at the very end of the data, none after it."""
         batches: list[Batch] = []
+        self._source.begin_step()
         for _ in range(self._settings.accumulate):
             try:
                 batches.append(self._source.next())

@@ -17,7 +17,7 @@ from arc_dist import errors
 from arc_dist.checkpoint_store.codec import decode
 from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.checkpoint_store.store import Store
-from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt, StoreError
+from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.healing.vote import Voter
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
@@ -66,15 +66,36 @@ def find(engine: Engine) -> Found | None:
     Raises:
         CheckpointMismatch: the newest checkpoint belongs to another model or world.
         StoreCorrupt: there are committed checkpoints, and not one can be read whole.
+        InfrastructureError: memory was to be restored, and neither it nor a store has a whole state.
     """
-    plan = engine.env.plan
-    if plan is not None and plan["tier"] == "memory":
+    plan = engine.env.plan or {"tier": "none", "poisoned": []}
+    if plan["tier"] == "memory":
         found = _try_everywhere(engine, lambda: _from_memory(engine, plan), f"step {plan['step']} in memory")
+        found = found or _older_in_memory(engine, below=plan["step"])
         if found is not None:
             return found
-    if engine.store is None:
-        return None
-    return _from_store(engine, engine.store, poisoned=set(plan.get("poisoned", ())) if plan else set())
+    found = None if engine.store is None else _from_store(engine, engine.store, plan["poisoned"])
+    if found is None and plan["tier"] != "none":
+        raise errors.InfrastructureError(
+            f"step {plan['step']} was to be restored from {plan['tier']}, but no whole state is left in memory or in a "
+            "store. Starting afresh would silently lose the run: start the job anew if that is meant."
+        )
+    return found
+
+
+def _older_in_memory(engine: Engine, *, below: int) -> Found | None:
+    """The newest older snapshot that is certified in every rank's own memory."""
+    held = engine.voter.gather([info.step for info in engine.ring.held() if info.certified and info.step < below], 0)
+    for step in sorted(set(held[0]).intersection(*held), reverse=True):
+
+        def attempt(step: int = step) -> Found:
+            slot = next(info.slot for info in engine.ring.held() if info.step == step and info.certified)
+            return Found(step, "memory", *engine.ring.restore(slot))
+
+        found = _try_everywhere(engine, attempt, f"step {step} in memory")
+        if found is not None:
+            return found
+    return None
 
 
 def _try_everywhere(engine: Engine, attempt: Callable[[], Found], what: str) -> Found | None:
@@ -82,9 +103,7 @@ def _try_everywhere(engine: Engine, attempt: Callable[[], Found], what: str) -> 
     found, mine = None, None
     try:
         found = attempt()
-    except CheckpointMismatch as error:
-        mine = error
-    except (StoreError, ArcError) as error:
+    except ArcError as error:
         mine = error
     reports = engine.voter.gather(None if mine is None else [type(mine).__name__, mine.message], step=0)
     failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
@@ -119,15 +138,19 @@ def _from_memory(engine: Engine, plan: dict[str, Any]) -> Found:
     recorded = StepRecord(engine.env.shm_dir).read(plan["step"])
     if recorded is None:
         raise errors.InfrastructureError(f"rank {rank} left no record of step {plan['step']} before it died")
-    small["training"]["rng"] = recorded.rng
+    small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
     return Found(plan["step"], "memory", specs, tensors, small)
 
 
-def _from_store(engine: Engine, store: Store, poisoned: set[int]) -> Found | None:
+def _from_store(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]) -> Found | None:
     """Newest first; rank 0's listing is everyone's."""
     mine: list[tuple[int, int]] = []
     if engine.rank == 0:
-        mine = [(info.step, info.world_size) for info in store.steps() if info.certified and info.step not in poisoned]
+        mine = [
+            (info.step, info.world_size)
+            for info in store.steps()
+            if info.certified and not any(entry["from_step"] <= info.step <= entry["to_step"] for entry in poisoned)
+        ]
     listed = engine.voter.gather(mine, step=0)[0]
     if not listed:
         return None
@@ -152,8 +175,19 @@ def _from_store(engine: Engine, store: Store, poisoned: set[int]) -> Found | Non
 def _read(engine: Engine, store: Store, step: int) -> Found:
     """This rank's part of a checkpoint, verified, in new tensors."""
     checkpoint = store.open(step)
-    wanted = engine.state.wanted_from(checkpoint.global_shapes())
-    tensors = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in wanted]
-    checkpoint.read_into(list(zip(wanted, tensors, strict=True)))
-    encoded, extra = checkpoint.objects(engine.rank)
-    return Found(step, "checkpoint", wanted, tensors, decode(encoded, extra))
+    live = {spec.name: spec for spec in engine.state.tensors()[0] if spec.name.startswith("model.")}
+    checkpoint.check_specs(live.values())
+    wanted = [live.get(name) or _like_its_parameter(spec, live) for name, spec in checkpoint.specs().items()]
+    tensors = checkpoint.read(wanted)
+    return Found(step, "checkpoint", wanted, tensors, decode(checkpoint.objects(engine.rank)))
+
+
+def _like_its_parameter(spec: TensorSpec, live: dict[str, TensorSpec]) -> TensorSpec:
+    """What this rank holds of a tensor of the optimizer, which may not exist yet: it is cut as its parameter is."""
+    owner = spec.name.partition("state.")[2].rpartition(".")[0]
+    parameter = live.get(f"model.{owner}")
+    if parameter is None or parameter.global_shape != spec.global_shape:
+        return spec
+    return dataclasses.replace(
+        spec, shape=parameter.shape, offsets=parameter.offsets, replicated=parameter.replicated
+    )

@@ -9,6 +9,9 @@ small model's step, a sixteenth of it 0.2 %. A slice is judged against its own n
   section 3.2.3, with the run's own past as the scale);
 * optimizer state: grew by more than 1e6 x, or became exactly zero after having been something (a reset).
 
+The next update hides that moments were zeroed, so the smallest optimizer tensor is looked at in every step: a reset of
+the whole state is seen before it does.
+
 Buffers are not judged: infinite values are normal there (attention masks), and so are exempt the slices that were not
 finite when the run began.
 """
@@ -30,6 +33,8 @@ _OPTIMIZER_GROWTH = 1e6
 # Below this a norm says nothing about scale: freshly initialised biases and moments grow from zero.
 _SMALLEST_NORM = 1e-6
 _MIN_SLICE_NUMEL = 4096
+# Moments without gradients decay until they underflow to zero; from below this a zero is no reset.
+_DENORMAL_NORM = 1e-20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Probed:
     is_weight: bool
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Slice:
     name: str
     view: torch.Tensor
@@ -87,9 +92,9 @@ class StateProbe:
         num_optimizer = sum(not probed.is_weight for probed in floating)
         vanished = num_optimizer < self._num_optimizer_tensors
         self._num_optimizer_tensors = num_optimizer
-        known = {part.name: part for group in self._groups for part in group}
+        known = {part.name: part for part in self._all()}
         self._groups = _deal(floating, self._rounds)
-        for part in (part for group in self._groups for part in group):
+        for part in self._all():
             if part.name in known:
                 part.norm, part.exempt = known[part.name].norm, known[part.name].exempt
         if vanished:
@@ -105,7 +110,7 @@ class StateProbe:
         """Looks at everything, for what is not finite only; the slow path."""
         found = NO_FLAGS
         self.findings = []
-        parts = [part for group in self._groups for part in group]
+        parts = self._all()
         for part, norm in zip(parts, _norms(parts), strict=True):
             if not math.isfinite(norm) and not part.exempt:
                 found |= self._nonfinite(part, norm)
@@ -113,13 +118,13 @@ class StateProbe:
 
     def exempt_present(self) -> None:
         """What is not finite now, at the start of the run, is this model's way and never flagged."""
-        parts = [part for group in self._groups for part in group]
+        parts = self._all()
         for part, norm in zip(parts, _norms(parts), strict=True):
             part.exempt = not math.isfinite(norm)
 
     def nonfinite(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> str | None:
         """The name of the first of `tensors` (a snapshot's) that is not finite and not exempt, or None."""
-        exempt = {part.name.split("[")[0] for group in self._groups for part in group if part.exempt}
+        exempt = {part.name.split("[")[0] for part in self._all() if part.exempt}
         for (name, _), norm in zip(tensors, _norms_of([tensor for _, tensor in tensors]), strict=True):
             if not math.isfinite(norm) and name not in exempt:
                 return name
@@ -129,6 +134,9 @@ class StateProbe:
         """The tensors under watch were replaced on purpose; the next `watch` finds no state missing."""
         self._source = None
         self._num_optimizer_tensors = 0
+
+    def _all(self) -> list[_Slice]:
+        return list(dict.fromkeys(part for group in self._groups for part in group))
 
     def _judge(self, parts: list[_Slice]) -> Flag:
         found = NO_FLAGS
@@ -153,7 +161,7 @@ class StateProbe:
         return flag
 
     def state_dict(self) -> dict[str, Any]:
-        parts = [part for group in self._groups for part in group]
+        parts = self._all()
         return {
             "norms": {part.name: part.norm for part in parts if part.norm is not None},
             "exempt": [part.name for part in parts if part.exempt],
@@ -161,21 +169,23 @@ class StateProbe:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         norms, exempt = state["norms"], set(state["exempt"])
-        for part in (part for group in self._groups for part in group):
+        for part in self._all():
             part.norm = norms.get(part.name)
             part.exempt = part.name in exempt
 
 
 def _judge_change(part: _Slice, norm: float) -> Flag:
     before = part.norm
-    if before is None or before < _SMALLEST_NORM:
+    if before is None:
+        return NO_FLAGS
+    if not part.is_weight and norm == 0.0 and before > _DENORMAL_NORM:
+        return Flag.OPTIMIZER_RESET
+    if before < _SMALLEST_NORM:
         return NO_FLAGS
     if part.is_weight:
         if norm > _WEIGHT_GROWTH * before or norm < _WEIGHT_COLLAPSE * before:
             return Flag.WEIGHT_NORM
         return NO_FLAGS
-    if norm == 0.0:
-        return Flag.OPTIMIZER_RESET
     return Flag.OPTIMIZER_NORM if norm > _OPTIMIZER_GROWTH * before else NO_FLAGS
 
 
@@ -212,4 +222,10 @@ def _deal(tensors: Sequence[Probed], rounds: int) -> list[list[_Slice]]:
         smallest = min(range(rounds), key=sizes.__getitem__)
         groups[smallest].append(part)
         sizes[smallest] += part.view.numel()
+    moments = [part for part in parts if not part.is_weight]
+    if moments:
+        canary = min(moments, key=lambda part: part.view.numel())
+        for group in groups:
+            if canary not in group:
+                group.append(canary)
     return groups

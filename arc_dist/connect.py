@@ -1,0 +1,54 @@
+"""A rank's way to its coordinator: the supervisor's when there is one, else one inside rank 0's own process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from arc_dist.config import Env
+from arc_dist.coordinator.client import CoordinatorClient, LocalClient
+from arc_dist.coordinator.server import CoordinatorServer
+from arc_dist.coordinator.service import Coordinator
+from arc_dist.errors import ConfigError
+
+Client = CoordinatorClient | LocalClient
+
+
+def connect(
+    env: Env, gather: Callable[[Any, int], list[Any]], rank: int, world_size: int
+) -> tuple[Client, Callable[[], None]]:
+    """A client, and what gives back what it took. Every rank must call this; it blocks.
+
+    Without a supervisor nobody restarts anything, so this coordinator commits checkpoints and keeps no journal.
+    """
+    if env.coordinator is not None:
+        if env.token is None:
+            raise ConfigError("ARC_COORDINATOR is set but ARC_TOKEN is not. Both are set by the supervisor; unset both.")
+        return CoordinatorClient(env.coordinator, env.token), _nothing
+    if world_size == 1:
+        coordinator = Coordinator(1, job_id=env.job_id)
+        return LocalClient(coordinator), coordinator.close
+    server: CoordinatorServer | None = None
+    where: list[str] | None = None
+    if rank == 0:
+        server = CoordinatorServer(Coordinator(world_size, job_id=env.job_id), host=_own_address()).start()
+        where = [server.address, server.token]
+    address, token = gather(where, 0)[0]
+    return CoordinatorClient(address, token), server.close if server is not None else _nothing
+
+
+def _nothing() -> None:
+    """A client closes its connections with its threads."""
+
+
+def _own_address() -> str:
+    """The interface that the other ranks reach: the one whose name is the rendezvous address, else the host's own."""
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        with socket.socket() as probe:
+            probe.bind((socket.gethostbyname(master), 0))
+        return master
+    except OSError:
+        return socket.gethostname()
