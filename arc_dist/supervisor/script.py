@@ -19,6 +19,7 @@ from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any, NoReturn
 
+from arc_dist.config import Env
 from arc_dist.errors import ArcError, ConfigError
 from arc_dist.snapshot import layout
 
@@ -165,7 +166,8 @@ def _strip_on_display(error: BaseException) -> None:
 
 def _note(error: BaseException) -> None:
     """Leaves what happened where the supervisor finds it. Best effort: the traceback itself is printed anyway."""
-    directory = os.environ.get("ARC_SHM_DIR")
+    env = Env.read()
+    directory = env.shm_dir
     if directory is None or isinstance(error, KeyboardInterrupt):
         return
     kind = type(error)
@@ -179,15 +181,15 @@ def _note(error: BaseException) -> None:
                 "message": str(error)[:_MAX_MESSAGE_CHARS],
                 "step": _last_step(directory),
                 "traceback": text[-_MAX_TRACEBACK_CHARS:],
-                "generation": int(os.environ.get("ARC_GENERATION", "0")),
-                "rank": int(os.environ.get("RANK", "0")),
+                "generation": env.generation,
+                "rank": env.rank,
             },
         )
     except OSError as problem:
         print(f"[arc] could not note the exception for the supervisor in {directory}: {problem}", file=sys.stderr)
 
 
-def _last_step(directory: str) -> int | None:
+def _last_step(directory: Path) -> int | None:
     """The last committed step, or None for a script that does not count steps."""
     try:
         status = layout.StatusPage.open(directory).read()
