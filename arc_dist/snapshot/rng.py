@@ -22,6 +22,7 @@ _PYTHON_WORDS = struct.Struct("<625I")
 _SIZES = struct.Struct("<II")  # of the head and of numpy's state
 _PYTHON_VERSION = 3  # of random.getstate(); the only one since Python 3.2
 _MT19937_BYTES = 625 * 4  # 624 words of key and the position
+_NUMPY_GAUSS = struct.Struct("<i4xd")  # whether a number is waiting, and the number
 
 
 class RngState(NamedTuple):
@@ -64,8 +65,6 @@ def restore_rng(state: RngState | bytes) -> None:
         import numpy as np
 
         np.random.set_state(state.numpy)
-        # The same words come with and without the second number of a Gaussian pair waiting.
-        _NumpyMemory.raw = None
     torch.default_generator.set_state(state.torch)
     if state.cuda:
         if len(state.cuda) != torch.cuda.device_count():
@@ -150,6 +149,7 @@ class _NumpyMemory:
 
     raw: bytes | None = None
     state: dict[str, Any] | None = None
+    gauss_offset: int | None = None  # see `_numpy_gauss_offset`; None before the first look
     packed: tuple[dict[str, Any], bytes] | None = None  # the last state that was packed, and its text
 
 
@@ -160,17 +160,40 @@ def _capture_numpy() -> dict[str, Any]:
     generator = get_generator() if get_generator is not None else None
     if generator is None or type(generator).__name__ != "MT19937":
         return np.random.get_state(legacy=False)  # type: ignore[return-value]
-    raw = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
-    # Drawing the second number of a Gaussian pair moves nothing but `has_gauss`, which the raw words do not contain.
-    # With no such number waiting, equal words mean an equal state.
-    if raw == _NumpyMemory.raw and _NumpyMemory.state is not None:
-        return _NumpyMemory.state
-    state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
-    if state["has_gauss"]:
-        _NumpyMemory.raw = None
-    else:
-        _NumpyMemory.raw, _NumpyMemory.state = raw, state
-    return state
+    memory = _NumpyMemory
+    if memory.gauss_offset is None:
+        memory.gauss_offset = _numpy_gauss_offset()
+    if not memory.gauss_offset:
+        return np.random.get_state(legacy=False)  # type: ignore[return-value]
+    owner = np.random.get_state.__self__  # type: ignore[attr-defined]
+    raw = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES) + ctypes.string_at(
+        id(owner) + memory.gauss_offset, _NUMPY_GAUSS.size
+    )
+    if raw != memory.raw:
+        memory.raw, memory.state = raw, np.random.get_state(legacy=False)  # type: ignore[assignment]
+    assert memory.state is not None
+    return memory.state
+
+
+def _numpy_gauss_offset() -> int:
+    """Where a RandomState keeps the second number of a Gaussian pair, which its words do not contain; 0 if not found.
+
+    Drawing that number, or going back to before it was drawn, changes nothing else.
+    """
+    import numpy as np
+
+    if sys.implementation.name != "cpython" or type(getattr(np.random.get_state, "__self__", None)) is not (
+        np.random.RandomState
+    ):
+        return 0
+    probe = np.random.RandomState(np.random.MT19937(1))
+    probe.standard_normal()
+    wanted = (1, probe.get_state(legacy=False)["gauss"])  # type: ignore[call-overload]
+    content = ctypes.string_at(id(probe), np.random.RandomState.__basicsize__)
+    for offset in range(object.__basicsize__, len(content) - _NUMPY_GAUSS.size + 1, 8):
+        if _NUMPY_GAUSS.unpack_from(content, offset) == wanted:
+            return offset
+    return 0
 
 
 def _pack_numpy(state: dict[str, Any] | None) -> bytes:
