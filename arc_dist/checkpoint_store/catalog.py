@@ -173,7 +173,8 @@ class Catalog:
         self._backend.sync_directory(path)
         foreign: list[str] = []
         for entry in self._backend.list(path):
-            if is_file_name(entry.name) or entry.name.startswith((".", MANIFEST_NAME)):
+            name = entry.name.removesuffix(".claim")  # left by file systems without hard links
+            if is_file_name(name) or name == MANIFEST_NAME or name.startswith("."):
                 self._backend.remove(f"{path}/{entry.name}")
             else:
                 foreign.append(entry.name)

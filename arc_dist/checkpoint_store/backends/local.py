@@ -133,8 +133,10 @@ class LocalBackend:
 
     def remove(self, path: str) -> None:
         full = self._full(path)
-        with translated("removing", str(full)), contextlib.suppress(FileNotFoundError):
-            os.unlink(full)
+        with translated("removing", str(full)):
+            for name in (full, _claim_name(full)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
 
     def remove_directory(self, path: str) -> None:
         full = self._full(path)
@@ -211,8 +213,6 @@ class _LocalSink:
                     "not share one run name.",
                     file=str(self._final),
                 )
-            else:
-                os.unlink(self._draft)
             self._backend._sync(self._final.parent)  # pyright: ignore[reportPrivateUsage]
 
     def discard(self) -> None:
@@ -257,22 +257,29 @@ class _LocalSource:
 
 
 def publish_exclusively(draft: Path, final: Path) -> bool:
-    """Gives a finished file its name if the name is free; False when it is taken. The draft may stay behind.
+    """Gives a finished file its name if the name is free; False, with the draft left, when it is taken.
 
     A hard link is refused by the server itself when the name exists, on NFS too. File systems without hard links
-    (FUSE over object stores, SMB) get the same from an O_EXCL claim beside the name: its one owner may rename. A crash
-    between the two leaves a claim without a file, so this attempt can never be committed, which is safe.
+    (FUSE over object stores, SMB) get the same from an O_EXCL claim beside the name: its one owner may rename. The
+    claim stays, since such a file system may show the new name late elsewhere. A crash between the two leaves a claim
+    without a file, so this attempt can never be committed, which is safe.
     """
     try:
         os.link(draft, final)
     except FileExistsError:
-        return False
+        # NFS: the server may have done it and its answer been lost; the repeated call then finds our own link.
+        if os.stat(draft).st_nlink == 1:
+            return False
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-    else:
-        return True
-    claim = final.with_name(final.name + ".claim")
+        return _rename_with_claim(draft, final)
+    os.unlink(draft)
+    return True
+
+
+def _rename_with_claim(draft: Path, final: Path) -> bool:
+    claim = _claim_name(final)
     try:
         os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
@@ -281,13 +288,16 @@ def publish_exclusively(draft: Path, final: Path) -> bool:
         os.unlink(claim)
         return False
     os.rename(draft, final)
-    _write_file(draft, b"")  # callers unlink the draft
     return True
 
 
 def _draft_name(final: Path) -> Path:
     # Must not end in .safetensors: stock readers take every such file in the directory.
     return final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _claim_name(final: Path) -> Path:
+    return final.with_name(final.name + ".claim")
 
 
 def _write_file(path: Path, data: bytes) -> None:
