@@ -196,10 +196,10 @@ class TrainingState:
             self._reshard()
             if not self._is_current():
                 self._index()
+            entries, model_pairs = self._match(specs, tensors)
             if small is not None:
                 small = copy.deepcopy(dict(small))  # objects take parts of it over
                 self._require_same_kinds(small)
-            entries, model_pairs = self._match(specs, tensors)
             pending: Pending = model_pairs
             for key, optimizer in self._optimizers.items():
                 optimizer.restore_tensors(entries[key], small["optimizers"][key] if small else None, pending)
