@@ -14,7 +14,7 @@ from arc_dist.config import Env
 from arc_dist.data.source import BatchSource
 from arc_dist.engine import Engine, Resumed
 from arc_dist.errors import ConfigError
-from arc_dist.hooks import StepHooks
+from arc_dist.hooks import StepHooks, managed
 from arc_dist.loop import GuardedLoop, LossFunction, StepResult, check_loss
 from arc_dist.protocol.healing import Rung
 from arc_dist.settings import Settings
@@ -89,6 +89,7 @@ class Arc:
         self._engine = Engine(
             self._state, Settings(**settings), store=str(store) if store is not None else env.store, run=run, env=env
         )
+        managed.update(self._state.optimizers)
         self._hooks: StepHooks | None = None
         self._training = False
 

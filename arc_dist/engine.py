@@ -230,7 +230,9 @@ class Engine:
         """
         if self._record is not None:
             self._rng = capture_rng()
-            self._record.write(self.guard.step + 1, self._rng, self.state.moving_buffers())
+            data = self.guard.data
+            mark = data.mark() if isinstance(data, BatchSource) else b""
+            self._record.write(self.guard.step + 1, self._rng, self.state.moving_buffers(), mark)
 
     def check_boundary(self) -> None:
         """Between two steps: finds out whether the script draws random numbers there.
@@ -241,6 +243,10 @@ class Engine:
         if self._record is not None and self._rng is not None and not same_rng(capture_rng(), self._rng):
             self._record = None
             logger.info("the loop's body draws random numbers: a lost rank will cost the steps since the last snapshot")
+
+    def went_elsewhere(self) -> None:
+        """Healing dropped a step or restored another one: the generators are not where the last record says."""
+        self._rng = None
 
     def progressed(self) -> None:
         """A step was committed."""

@@ -143,7 +143,6 @@ class StepHooks:
         self._judge = OptimizerJudge(engine.guard, self._listener, engine.progressed)
         self._handles = []
         for optimizer in engine.state.optimizers:
-            managed.add(optimizer)
             self._handles += [
                 optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._judge.before_step(optimizer)),
                 optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._judge.after_step(optimizer)),

@@ -244,6 +244,7 @@ class GuardedLoop:
         if self._trouble is None or decision.verdict is Verdict.FAILURE:
             self._trouble = decision
         self._guard.act(decision)
+        self._engine.went_elsewhere()
         self._epoch_losses.clear()
         self._exhausted = False
 

@@ -18,6 +18,7 @@ from arc_dist.checkpoint_store.codec import decode
 from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
+from arc_dist.data.position import read_mark
 from arc_dist.healing.vote import Voter
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
@@ -139,6 +140,8 @@ def _from_memory(engine: Engine, plan: dict[str, Any]) -> Found:
     if recorded is None:
         raise errors.InfrastructureError(f"rank {rank} left no record of step {plan['step']} before it died")
     small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
+    if recorded.mark:
+        small["data"] = read_mark(recorded.mark)
     return Found(plan["step"], "memory", specs, tensors, small)
 
 

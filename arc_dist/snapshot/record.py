@@ -24,10 +24,10 @@ from arc_dist.snapshot.rng import RngState, pack_rng
 from arc_dist.snapshot.tensors import bytes_of
 
 _MAGIC = int.from_bytes(b"ARCREC1\x00", "little")
-# Words of the head: magic, state, sequence, step, bytes of RNG, of the table of buffers, of the buffers.
-_STATE, _SEQUENCE, _STEP, _RNG, _TABLE, _BUFFERS = range(1, 7)
+# Words of the head: magic, state, sequence, step, bytes of RNG, of the table of buffers, of the buffers, of the mark.
+_STATE, _SEQUENCE, _STEP, _RNG, _TABLE, _BUFFERS, _MARK = range(1, 8)
 _HEAD_BYTES = 64
-_LENGTHS = struct.Struct("@7Q")
+_LENGTHS = struct.Struct("@8Q")
 _CAPACITY_BYTES = 32 << 10
 _NUM_COPIES = 2
 
@@ -40,11 +40,13 @@ class Entry:
         step: updates applied when the step is committed.
         rng: the random state then, as `restore_rng` takes it.
         buffers: buffers that the forward pass changed, by full name.
+        mark: where the rank's own data stood.
     """
 
     step: int
     rng: bytes
     buffers: dict[str, torch.Tensor]
+    mark: bytes = b""
 
 
 class StepRecord:
@@ -61,19 +63,26 @@ class StepRecord:
         self._names: tuple[str, ...] = ()
         self._table = b""
 
-    def write(self, step: int, rng: RngState | bytes, buffers: Mapping[str, torch.Tensor] | None = None) -> None:
+    def write(
+        self,
+        step: int,
+        rng: RngState | bytes,
+        buffers: Mapping[str, torch.Tensor] | None = None,
+        mark: bytes = b"",
+    ) -> None:
         """Records a step in place of the older of the two recorded.
 
         Args:
             step: updates applied once the step is committed.
             rng: the random state then.
             buffers: `TrainingState.moving_buffers`.
+            mark: of the data, as `BatchSource.mark` gives it.
         """
         copies = self._open()
         packed = rng if isinstance(rng, bytes) else pack_rng(rng)
         table, data = self._pack(buffers) if buffers else (b"", b"")
         sequence = self._sequence + 1
-        copies[sequence % _NUM_COPIES].write(step, sequence, packed, table, data)
+        copies[sequence % _NUM_COPIES].write(step, sequence, packed, table, data, mark)
         self._sequence = sequence
 
     def read(self, step: int) -> Entry | None:
@@ -127,15 +136,16 @@ class _Copy:
             os.close(descriptor)
         self._words = self._buffer[:_HEAD_BYTES].cast("Q")
 
-    def write(self, step: int, sequence: int, rng: bytes, table: bytes, data: bytes) -> None:
-        payload = rng + table + data if table else rng
+    def write(self, step: int, sequence: int, rng: bytes, table: bytes, data: bytes, mark: bytes) -> None:
+        payload = b"".join((rng, table, data, mark))
         self._words[_STATE] = SlotState.WRITING
         if _HEAD_BYTES + len(payload) > len(self._buffer):
             self.close()
             self._map(2 * (_HEAD_BYTES + len(payload)))
         self._buffer[_HEAD_BYTES : _HEAD_BYTES + len(payload)] = payload
         words = self._words
-        _LENGTHS.pack_into(self._buffer, 0, _MAGIC, SlotState.WRITING, sequence, step, len(rng), len(table), len(data))
+        lengths = (len(rng), len(table), len(data), len(mark))
+        _LENGTHS.pack_into(self._buffer, 0, _MAGIC, SlotState.WRITING, sequence, step, *lengths)
         words[_STATE] = SlotState.VALID
 
     def is_valid(self) -> bool:
@@ -162,7 +172,7 @@ class _Copy:
             part = bytearray(self._buffer[table_end : table_end + nbytes])
             buffers[name] = torch.frombuffer(part, dtype=torch.uint8).view(kind).view(shape)
             table_end += nbytes
-        return Entry(words[_STEP], rng, buffers)
+        return Entry(words[_STEP], rng, buffers, bytes(self._buffer[table_end : table_end + words[_MARK]]))
 
     def close(self) -> None:
         self._words.release()

@@ -13,6 +13,7 @@ from arc_dist.errors import ConfigError
 from arc_dist.telemetry.recorder import INCIDENTS_FILE
 
 _COLUMNS = ("step", "incident", "rank", "seen by", "after", "action", "steps lost", "back after")
+_MAX_CAUSE_CHARS = 72
 _NOT_INCIDENTS = {"progress", "resumed", "started", "finished"}
 
 
@@ -72,6 +73,12 @@ def _seconds(value: Any) -> str:
     return "" if value is None else f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
 
 
+def _shortened(text: str) -> str:
+    """The first line, cut at a width that leaves a table readable; the whole is in the JSON."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= _MAX_CAUSE_CHARS else line[: _MAX_CAUSE_CHARS - 3] + "..."
+
+
 def _row(incident: dict[str, Any]) -> tuple[str, ...]:
     ranks = incident.get("ranks", [incident["rank"]] if "rank" in incident else [])
     action = str(incident.get("action", ""))
@@ -83,7 +90,7 @@ def _row(incident: dict[str, Any]) -> tuple[str, ...]:
     lost = incident.get("steps_lost")
     return (
         str(incident.get("step", "")),
-        str(incident.get("cause", incident.get("kind", ""))),
+        _shortened(str(incident.get("cause") or incident.get("reason") or incident.get("kind", ""))),
         ",".join(str(rank) for rank in ranks),
         str(incident.get("seen_by", "")),
         seen_after,
