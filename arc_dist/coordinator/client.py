@@ -150,6 +150,10 @@ class _Methods:
     def progress(self, rank: int, generation: int, step: int) -> _Json:
         return self.call("progress", {"rank": rank, "generation": generation, "step": step})
 
+    def restored(self, rank: int, generation: int, step: int) -> _Json:
+        """The ranks of `generation` went on from `step`: older than planned, or found where no plan was."""
+        return self.call("restored", {"rank": rank, "generation": generation, "step": step})
+
     def poison(self, from_step: int, to_step: int, generation: int) -> _Json:
         """States of these steps, saved by `generation` or before, are never restored."""
         return self.call("poison", {"from_step": from_step, "to_step": to_step, "generation": generation})

@@ -49,8 +49,7 @@ class SaveDesk:
     """Where shards are handed in. Every method is called with the service's condition held.
 
     Args:
-        world_size: number of shards of a step.
-        generation: the one that may save.
+        saves: an empty record, opened for the generation that may save.
         commit: writes manifests.
         about: goes into every manifest's meta.
         changed: the service's condition; let go while a manifest is written.
@@ -59,15 +58,14 @@ class SaveDesk:
 
     def __init__(
         self,
-        world_size: int,
-        generation: int,
+        saves: Saves,
         *,
         commit: CommitPort,
         about: dict[str, Any],
         changed: threading.Condition,
         clock: Callable[[], float],
     ) -> None:
-        self._saves = commits.open_for(Saves(world_size=world_size), generation)
+        self._saves = saves
         self._commit = commit
         self._about = about
         self._changed = changed
@@ -78,8 +76,9 @@ class SaveDesk:
         self._saves = commits.open_for(self._saves, generation)
         self._changed.notify_all()
 
-    def poison(self, poison: Poison) -> None:
-        self._saves = commits.poison(self._saves, poison)
+    def poison(self, poisoned: tuple[Poison, ...]) -> None:
+        """Notes all that is poisoned by now."""
+        self._saves = commits.poison(self._saves, poisoned)
         self._changed.notify_all()
 
     def take_shard(self, rank: int, fields: Fields, apply: Callable[[Event], None]) -> dict[str, Any]:

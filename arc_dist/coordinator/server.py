@@ -99,6 +99,11 @@ class CoordinatorServer:
         self.close()
         return told
 
+    @property
+    def num_connections(self) -> int:
+        """Connections whose other end is still there, whatever their requests wait for."""
+        return 0 if self._http is None else self._http.count_connections()
+
     def close(self) -> None:
         """Stops listening and cuts the connections."""
         if self._http is None or self._thread is None:
@@ -159,6 +164,11 @@ class _Http(ThreadingHTTPServer):
         with self._guard:
             self._guard.wait_for(lambda: self._num_busy == 0, timeout_s)
 
+    def count_connections(self) -> int:
+        with self._guard:
+            connections = list(self._connections)
+        return sum(_is_open(connection) for connection in connections)
+
     def cut_connections(self) -> None:
         with self._guard:
             connections = list(self._connections)
@@ -171,6 +181,16 @@ class _Http(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         # Connections break; that is a caller's affair and no error of the coordinator.
         logger.debug("the connection to %s ended", client_address)
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """False once the peer has closed: its end of file is there to be read, also while a long poll is being served."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 class _Refused(Exception):

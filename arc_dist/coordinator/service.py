@@ -20,8 +20,10 @@ from arc_dist.coordinator.records import append_incident, describe, identity_of,
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
+from arc_dist.protocol import commit as commits
 from arc_dist.protocol import generations
 from arc_dist.protocol.budgets import BudgetPolicy, Death
+from arc_dist.protocol.commit import Saves
 from arc_dist.protocol.events import (
     Died,
     Event,
@@ -38,6 +40,7 @@ from arc_dist.protocol.events import (
     Ready,
     StateMatters,
     Tick,
+    WentBack,
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
@@ -46,6 +49,11 @@ from arc_dist.protocol.pick import Committed, Inventory, Poison
 logger = logging.getLogger("arc_dist.coordinator")
 
 JOURNAL_NAME = "journal.log"
+_METHODS = (
+    *("join", "ready", "died", "finished", "directive", "preempt"),  # supervisors
+    *("shard", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
+    "status",
+)
 _MAX_HOLDINGS = 64
 _MAX_LISTED = 100_000
 
@@ -96,21 +104,17 @@ class Coordinator:
         self._journal_error: str | None = None
         self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
         self._job = self._revived(journal)
+        saves = Saves(world_size=world_size, poisoned=self._job.known.poison)
         self._saves = SaveDesk(
-            world_size,
-            self._job.generation,
+            commits.open_for(saves, self._job.generation),
             commit=commit,
             about={"job_id": job_id, "epoch": self.epoch},
             changed=self._changed,
             clock=clock,
         )
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
-            name: getattr(self, f"_{name}")
-            for name in (
-                "join", "ready", "died", "finished", "directive", "shard", "commit_status", "progress", "poison",
-                "hello_store", "preempt", "status",
-            )
-        }  # fmt: skip
+            name: getattr(self, f"_{name}") for name in _METHODS
+        }
 
     @staticmethod
     def open(world_size: int, *, run_dir: Path, **settings: Any) -> Coordinator:
@@ -203,6 +207,11 @@ class Coordinator:
         self._apply(Progressed(rank=self._rank(fields), generation=generation, step=step))
         return self._where()
 
+    def _restored(self, fields: Fields) -> dict[str, Any]:
+        generation, step = fields.integer("generation"), fields.integer("step")
+        self._apply(WentBack(rank=self._rank(fields), generation=generation, step=step))
+        return self._where()
+
     def _preempt(self, fields: Fields) -> dict[str, Any]:
         self._apply(Preempted(rank=self._rank(fields)))
         return self._where()
@@ -275,8 +284,8 @@ class Coordinator:
         )
         if poison.to_step < poison.from_step:
             raise ConfigError(f"poison: from_step {poison.from_step} is after to_step {poison.to_step}")
-        self._saves.poison(poison)
         self._apply(Poisoned(poison=poison))
+        self._saves.poison(self._job.known.poison)
         return self._where()
 
     # ---- what people read
@@ -304,7 +313,9 @@ class Coordinator:
         outcome = generations.apply(self._config, self._job, event, self._clock())
         if outcome.job is self._job and not outcome.actions:
             return
-        if any(isinstance(action, (GenerationRuns, JobOver, StateMatters)) for action in outcome.actions):
+        if any(
+            isinstance(action, (GenerationEnds, GenerationRuns, JobOver, StateMatters)) for action in outcome.actions
+        ):
             self._append(outcome.job)
         self._job = outcome.job
         for action in outcome.actions:
@@ -346,7 +357,7 @@ class Coordinator:
         if self._journal is None:
             return
         try:
-            self._journal.append(durable(job))
+            self._journal.append({**durable(job), "store": self._store})
             self._journal_error = None
         except StoreError as error:
             if self._journal_error is None:
@@ -356,6 +367,7 @@ class Coordinator:
     def _revived(self, journal: Journal | None) -> Job:
         if journal is None or journal.last is None:
             return Job(since_s=self._clock())
+        self._store = journal.last["store"]
         return revive(self._config, journal.last, self._clock())
 
     def _rank(self, fields: Fields) -> int:

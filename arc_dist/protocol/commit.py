@@ -73,10 +73,11 @@ class Save:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saves:
-    """All saves that are remembered, and the one generation that may add to them (None: none may)."""
+    """All saves that are remembered, the one generation that may add to them (None: none may), and what is poisoned."""
 
     world_size: int
     open_generation: int | None = None
+    poisoned: tuple[Poison, ...] = ()
     saves: Mapping[tuple[int, int], Save] = dataclasses.field(default_factory=dict[tuple[int, int], Save])
 
     def find(self, step: int, generation: int) -> Save | None:
@@ -105,6 +106,10 @@ def offer(saves: Saves, shard: Shard) -> Offered:
     if not 0 <= shard.rank < saves.world_size:
         reason = f"there is no rank {shard.rank} in a world of {saves.world_size}"
         return Offered(saves=saves, status=CommitStatus.FENCED, reason=reason)
+    if any(entry.covers(shard.step, shard.generation) for entry in saves.poisoned):
+        # Even when the generation has trained this step anew: under this name there may be a manifest of the bad one.
+        reason = f"step {shard.step} of generation {shard.generation} is poisoned"
+        return Offered(saves=saves, status=CommitStatus.ABANDONED, reason=reason)
     save = saves.find(shard.step, shard.generation)
     if save is None:
         save = Save(step=shard.step, generation=shard.generation, url=shard.url)
@@ -143,11 +148,12 @@ def open_for(saves: Saves, generation: int | None) -> Saves:
     return after
 
 
-def poison(saves: Saves, poisoned: Poison) -> Saves:
-    """Abandons what is incomplete and poisoned. What is committed stays on disk, and `pick` refuses it."""
-    after = saves
+def poison(saves: Saves, poisoned: tuple[Poison, ...]) -> Saves:
+    """Notes all that is poisoned by now, and abandons what of it is incomplete. `pick` refuses what is committed."""
+    after = dataclasses.replace(saves, poisoned=poisoned)
     for save in saves.saves.values():
-        if save.status is CommitStatus.PENDING and poisoned.covers(save.step, save.generation):
+        bad = any(entry.covers(save.step, save.generation) for entry in poisoned)
+        if bad and save.status is CommitStatus.PENDING:
             error = f"step {save.step} is poisoned"
             after = _put(after, dataclasses.replace(save, status=CommitStatus.ABANDONED, error=error, parts={}))
     return after

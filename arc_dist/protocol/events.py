@@ -62,6 +62,15 @@ class Progressed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WentBack:
+    """The ranks of `generation` restored `step`: older than planned, or what they found where no plan was."""
+
+    rank: int
+    generation: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Preempted:
     """The rank's host was told to go."""
 
@@ -103,7 +112,20 @@ class Tick:
     """Time has passed."""
 
 
-Event = Joined | Ready | Died | Finished | Progressed | Preempted | Poisoned | Listed | Committing | Settled | Tick
+Event = (
+    Joined
+    | Ready
+    | Died
+    | Finished
+    | Progressed
+    | WentBack
+    | Preempted
+    | Poisoned
+    | Listed
+    | Committing
+    | Settled
+    | Tick
+)
 
 
 # ---- actions: what the caller does beyond telling the ranks ----------------------------------------------------------
@@ -111,7 +133,7 @@ Event = Joined | Ready | Died | Finished | Progressed | Preempted | Poisoned | L
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationEnds:
-    """The processes of `generation` are being ended because of `death`, the first one."""
+    """`generation` is being ended because of `death`. The state must be durable before the sender is answered."""
 
     generation: int
     death: Death
@@ -144,7 +166,7 @@ class JobOver:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateMatters:
-    """What must not be forgotten has grown (poison, progress). It must be durable before the sender is answered."""
+    """Something was heard that its sender will not say again. It must be durable before the sender is answered."""
 
 
 Action = GenerationEnds | GenerationOver | GenerationRuns | JobOver | StateMatters

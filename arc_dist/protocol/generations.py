@@ -64,6 +64,7 @@ from arc_dist.protocol.events import (
     Settled,
     StateMatters,
     Tick,
+    WentBack,
 )
 from arc_dist.protocol.job import Job, JobConfig, Phase, Stop
 from arc_dist.protocol.pick import Restored, pick
@@ -93,7 +94,7 @@ def _join(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
     # Its memory went with the old supervisor, and so did its readiness.
     ready = {rank: inventory for rank, inventory in job.ready.items() if rank != event.rank}
     job = dataclasses.replace(job, ready=ready)
-    return job, f"rank {event.rank} has a new supervisor", ()
+    return job, f"rank {event.rank} has a new supervisor", (StateMatters(),)
 
 
 def _join_running(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
@@ -147,7 +148,7 @@ def _died_ending(config: JobConfig, job: Job, event: Died, now_s: float) -> _Ans
     others = tuple(event.death if death is known else death for death in job.deaths)
     deaths = others if known is not None else (*job.deaths, event.death)
     reached = max(job.reached, event.death.step or 0)
-    return dataclasses.replace(job, deaths=deaths, reached=reached), f"{event.death}, too", ()
+    return dataclasses.replace(job, deaths=deaths, reached=reached), f"{event.death}, too", (StateMatters(),)
 
 
 def _died_starting(config: JobConfig, job: Job, event: Died, now_s: float) -> _Answer:
@@ -162,7 +163,8 @@ def _finished(config: JobConfig, job: Job, event: Finished, now_s: float) -> _An
         return job, _fenced(job, event.generation), ()
     if event.rank in job.finished:
         return job, "known already", ()
-    return dataclasses.replace(job, finished=job.finished | {event.rank}), f"rank {event.rank} finished", ()
+    job = dataclasses.replace(job, finished=job.finished | {event.rank})
+    return job, f"rank {event.rank} finished", (StateMatters(),)
 
 
 def _progress(config: JobConfig, job: Job, event: Progressed, now_s: float) -> _Answer:
@@ -171,10 +173,20 @@ def _progress(config: JobConfig, job: Job, event: Progressed, now_s: float) -> _
     return dataclasses.replace(job, reached=event.step), f"step {event.step}", ()
 
 
+def _went_back(config: JobConfig, job: Job, event: WentBack, now_s: float) -> _Answer:
+    if event.generation != job.generation:
+        return job, _fenced(job, event.generation), ()
+    so_far = [entry.step for entry in job.known.restored if entry.generation == event.generation]
+    if any(step is not None and step <= event.step for step in so_far):
+        return job, "known already", ()
+    known = job.known.with_restored(Restored(generation=event.generation, step=event.step))
+    return dataclasses.replace(job, known=known), f"the ranks went back to step {event.step}", (StateMatters(),)
+
+
 def _preempted(config: JobConfig, job: Job, event: Preempted, now_s: float) -> _Answer:
     if job.preempted:
         return job, "known already", ()
-    return dataclasses.replace(job, preempted=True), f"rank {event.rank} was told to go", ()
+    return dataclasses.replace(job, preempted=True), f"rank {event.rank} was told to go", (StateMatters(),)
 
 
 def _poisoned(config: JobConfig, job: Job, event: Poisoned, now_s: float) -> _Answer:
@@ -235,6 +247,7 @@ _TABLE: dict[type[Any], dict[Phase, Callable[[JobConfig, Job, Any, float], _Answ
     Died: {Phase.STARTING: _died_starting, Phase.RUNNING: _died_running, Phase.ENDING: _died_ending},
     Finished: {Phase.STARTING: _ignored, Phase.RUNNING: _finished, Phase.ENDING: _ignored},
     Progressed: {Phase.STARTING: _ignored, Phase.RUNNING: _progress, Phase.ENDING: _progress},
+    WentBack: {Phase.STARTING: _ignored, Phase.RUNNING: _went_back, Phase.ENDING: _went_back},
     Preempted: dict.fromkeys(_ALIVE, _preempted),
     Poisoned: dict.fromkeys((*_ALIVE, *_OVER), _poisoned),
     Listed: dict.fromkeys(_ALIVE, _listed),
@@ -360,8 +373,9 @@ class Directive:
 def directive(job: Job, rank: int, generation: int) -> Directive:
     """What `rank` is told when it asks about `generation`: the one it runs, or the one it wants to start.
 
-    An order to end is also the answer to a rank that asks for the next generation but whose `ready` was lost: it has
-    nothing to end, and says `ready` again.
+    An order to end generation g is always followed by `ready(g+1)`. So it is also the answer to a rank that waits to
+    start and of whose readiness nothing is known, as after a restart of the coordinator: it has nothing to end, and
+    says `ready` again.
     """
     present = job.generation
     if job.phase is Phase.STOPPED:
@@ -377,9 +391,9 @@ def directive(job: Job, rank: int, generation: int) -> Directive:
         root = budgets.root_of(job.deaths)
         return Directive(order=Order.END, generation=present, reason=str(root))
     if job.phase is Phase.RUNNING:
-        return Directive(
-            order=Order.END, generation=present, reason=f"generation {present} is running; say ready again"
-        )
+        return Directive(order=Order.END, generation=present, reason=f"generation {present} runs; say ready again")
+    if job.phase is Phase.STARTING and generation == present and rank not in job.ready:
+        return Directive(order=Order.END, generation=present - 1, reason="say ready again")
     return Directive(order=Order.WAIT, generation=generation)
 
 

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from arc_dist.protocol.budgets import BudgetPolicy, Death, Ledger
+from arc_dist.protocol.budgets import BudgetPolicy, Cause, Death, Ledger
 from arc_dist.protocol.pick import Inventory, Known, Plan, Poison, Restored
 
 
@@ -114,8 +114,9 @@ class Job:
 def durable(job: Job) -> dict[str, Any]:
     """The part of the state that a restarted coordinator needs, as JSON.
 
-    Readiness is left out: it is a statement about processes at a moment, and is said again. So is the list of committed
-    checkpoints: the stores hold the truth, and a store that was emptied in between must not be believed full.
+    Readiness is left out: it is a statement about processes at a moment, and ranks of which none is known are asked for
+    it again. So is progress between decisions, and the list of committed checkpoints: the stores hold the truth, and a
+    store that was emptied in between must not be believed full.
     """
     return {
         "phase": job.phase.value,
@@ -126,7 +127,10 @@ def durable(job: Job) -> dict[str, Any]:
         "restored": [dataclasses.asdict(restored) for restored in job.known.restored],
         "ledger": job.ledger.as_dict(),
         "plan": job.plan.as_dict() if job.plan else None,
+        "deaths": [{"rank": death.rank, "cause": death.cause.as_dict(), "step": death.step} for death in job.deaths],
+        "finished": sorted(job.finished),
         "reached": job.reached,
+        "preempted": job.preempted,
         "stop": dataclasses.asdict(job.stop) if job.stop else None,
     }
 
@@ -135,8 +139,7 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
     """The state of a job whose coordinator was restarted.
 
     A job that was over begins anew, with fresh budgets, since somebody started it again. Its generations are counted
-    on, so that poison and abandonment still mean what they meant. One that was ENDING counts as RUNNING: the ranks say
-    once more what became of them.
+    on, so that poison and abandonment still mean what they meant.
 
     Raises:
         KeyError, ValueError, TypeError: the record was not made by `durable`.
@@ -149,13 +152,19 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
     if phase.is_over:
         return Job(generation=generation + 1, first=generation + 1, known=known, since_s=now_s)
     return Job(
-        phase=Phase.STARTING if phase is Phase.STARTING else Phase.RUNNING,
+        phase=phase,
         generation=generation,
         first=int(record["first"]),
         members={int(rank): Member(**member) for rank, member in record["members"].items()},
         known=known,
         ledger=Ledger.from_dict(record["ledger"]),
         plan=Plan.from_dict(record["plan"]) if record["plan"] else None,
+        deaths=tuple(
+            Death(rank=int(death["rank"]), cause=Cause.from_dict(death["cause"]), step=death["step"])
+            for death in record["deaths"]
+        ),
+        finished=frozenset(record["finished"]),
         reached=int(record["reached"]),
+        preempted=bool(record["preempted"]),
         since_s=now_s,
     )
