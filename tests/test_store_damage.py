@@ -28,12 +28,11 @@ def step_path(store: Store, step: int) -> Path:
 def small_step(store: Store, step: int = 1) -> dict[str, torch.Tensor]:
     """A checkpoint of two ranks with few bytes, so that each of them can be flipped."""
     tensors = {"w": random_tensor((3, 2), "bfloat16", step), "b": random_tensor((5,), "uint8", step + 1)}
+    shards = [whole(name, tensor) for name, tensor in tensors.items()]
     parts = {
-        rank: store.write_part(
-            step, generation=0, rank=rank, world_size=2, tensors=[whole(n, t) for n, t in tensors.items()], objects={"r": rank}
-        )
+        rank: store.write_part(step, generation=0, rank=rank, world_size=2, tensors=shards, objects={"r": rank})
         for rank in range(2)
-    }  # fmt: skip
+    }
     store.commit(step, 0, 2, parts, {"certified": True})
     return tensors
 

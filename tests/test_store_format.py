@@ -133,7 +133,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(name: object) -> None:
 
 def test_our_files_are_safetensors_files() -> None:
     tensors = {f"t.{name}": random_tensor((3, 5), name) for name in known_dtypes()}
-    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 7), "ünïcode \" \n": torch.ones(1)}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 7), 'ünïcode " \n': torch.ones(1)}
     specs = sorted((TensorSpec.whole(n, t) for n, t in tensors.items()), key=file_order_key)
     header = build_header(specs)
     assert len(header) % 8 == 0
@@ -150,7 +150,10 @@ def test_our_files_are_safetensors_files() -> None:
 HEADERS: list[Any] = [
     {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
     {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-    {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "U8", "shape": [1], "data_offsets": [7, 8]}},
+    {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "b": {"dtype": "U8", "shape": [1], "data_offsets": [7, 8]},
+    },
     {"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}},
     {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
     {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
@@ -192,6 +195,9 @@ def test_hostile_header_bytes_are_corrupt(data: bytes) -> None:
 
 def good_manifest() -> dict[str, Any]:
     digest = "0" * 64
+    shard = {"name": "rank-00000.safetensors", "kind": "tensors", "rank": 0, "nbytes": 24, "header_nbytes": 16}
+    objects = {"name": "rank-00000.json", "kind": "objects", "rank": 0, "nbytes": 9, "header_nbytes": 0}
+    chunk = {"offsets": [0], "shape": [2], "file": "rank-00000.safetensors", "start": 16, "nbytes": 8, "digest": digest}
     return {
         "format": "arc-dist-checkpoint",
         "version": 1,
@@ -207,20 +213,9 @@ def good_manifest() -> dict[str, Any]:
         "versions": {},
         "hosts": {},
         "meta": {},
-        "files": [
-            {"name": "rank-00000.safetensors", "kind": "tensors", "rank": 0, "nbytes": 24, "digest": digest, "header_nbytes": 16},
-            {"name": "rank-00000.json", "kind": "objects", "rank": 0, "nbytes": 9, "digest": digest, "header_nbytes": 0},
-        ],
-        "tensors": {
-            "a": {
-                "dtype": "float32",
-                "global_shape": [2],
-                "chunks": [
-                    {"offsets": [0], "shape": [2], "file": "rank-00000.safetensors", "start": 16, "nbytes": 8, "digest": digest}
-                ],
-            }
-        },
-    }  # fmt: skip
+        "files": [{**shard, "digest": digest}, {**objects, "digest": digest}],
+        "tensors": {"a": {"dtype": "float32", "global_shape": [2], "chunks": [chunk]}},
+    }
 
 
 def sealed(fields: Any) -> bytes:
@@ -300,7 +295,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(inner, (*path, key))
 
 
-@pytest.mark.parametrize("path", [p for p in places(good_manifest()) if p not in OPTIONAL and type(p[-1]) is str], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in places(good_manifest()) if p not in OPTIONAL and type(p[-1]) is str], ids=str
+)
 def test_a_manifest_without_one_of_its_fields_is_refused(path: tuple[Any, ...]) -> None:
     fields = good_manifest()
     place: Any = fields

@@ -143,10 +143,10 @@ def inspect_step(args: argparse.Namespace) -> int:
     _print_table([("FILE", "KIND", "SIZE"), *((f.name, f.kind, format_bytes(f.nbytes)) for f in manifest.files)])
     if args.tensors:
         print()
-        rows = [
-            (t.name, t.dtype, str(list(t.shape)), format_bytes(sum(c.nbytes for c in t.chunks))) for t in manifest.tensors
-        ]
-        _print_table([("TENSOR", "DTYPE", "SHAPE", "SIZE"), *rows])
+        table = [("TENSOR", "DTYPE", "SHAPE", "SIZE")]
+        for t in manifest.tensors:
+            table.append((t.name, t.dtype, str(list(t.shape)), format_bytes(sum(c.nbytes for c in t.chunks))))
+        _print_table(table)
     return OK
 
 

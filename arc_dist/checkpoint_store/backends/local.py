@@ -48,9 +48,10 @@ class LocalBackend:
                 "what should be there.",
                 file=str(self.root.parent),
             )
-        with translated("creating", where), contextlib.suppress(FileExistsError):
-            os.mkdir(self.root, 0o700)
-        self._sync(self.root.parent)
+        with translated("creating", where):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.root, 0o700)
+            self._sync(self.root.parent)
 
     def make_directory(self, path: str) -> None:
         self._make_directories(self._full(path))
@@ -182,6 +183,7 @@ class _LocalSink:
         self._final = final
         self._exclusive = exclusive
         self._draft = _draft_name(final)
+        self._named = False
         self._descriptor: int | None = os.open(
             self._draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
@@ -213,6 +215,7 @@ class _LocalSink:
                     "not share one run name.",
                     file=str(self._final),
                 )
+            self._named = True
             self._backend._sync(self._final.parent)  # pyright: ignore[reportPrivateUsage]
 
     def discard(self) -> None:
@@ -220,8 +223,9 @@ class _LocalSink:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
             self._descriptor = None
-        with contextlib.suppress(OSError):
-            os.unlink(self._draft)
+        for name in (self._draft, *((self._final, _claim_name(self._final)) if self._named else ())):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 class _LocalSource:
@@ -252,7 +256,9 @@ class _LocalSource:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            # Nothing is lost with a reader's close: what was read is judged by its digest.
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
             self._descriptor = None
 
 
