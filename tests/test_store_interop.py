@@ -115,7 +115,7 @@ def load_sharded(rank: int, world_size: int, root: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 2), (3, 2), (4, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(3, 2), (1, 2), (2, 3)])
 def test_stock_torch_reshards_between_worlds(tmp_path: Path, saved_by: int, loaded_by: int) -> None:
     save_sharded(tmp_path, saved_by)
     run_ranks(loaded_by, load_sharded, step_directory(tmp_path, 1))

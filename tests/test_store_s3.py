@@ -1,0 +1,214 @@
+"""The store on S3 through s3fs, against moto's server; its commit is one conditional PUT."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("s3fs", reason='s3fs is not installed: pip install "arc-dist[s3]"')
+pytest.importorskip("moto", reason='moto is not installed: pip install "moto[server]"')
+
+from arc_dist.checkpoint_store import SaveAborted, Store
+from arc_dist.checkpoint_store.backends import RemoteBackend
+from arc_dist.errors import Fenced, StoreCorrupt, StoreDenied, StoreError, StoreGone, StoreTransient
+from store_helpers import same_bits, save, whole
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = Path(tmp_path_factory.mktemp("moto"), "log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            if process.poll() is not None:
+                pytest.fail(f"moto ended: {log.read_text()[-2000:]}")
+            try:
+                urllib.request.urlopen(url, timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("moto did not answer within 30 s")
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket; the endpoint and the credentials come from the environment, as on a real machine."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "FakeAccessKeyId")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "FakeSecretAccessKey")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    import s3fs
+
+    name = f"bucket-{time.monotonic_ns()}"
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"
+
+
+def keys(url: str) -> set[str]:
+    import s3fs
+
+    found = s3fs.S3FileSystem(use_listings_cache=False).find(url)
+    return {str(key).removeprefix(url.removeprefix("s3://") + "/") for key in found}
+
+
+def test_save_commit_list_verify_restore_prune(bucket: str) -> None:
+    store = Store(f"{bucket}/deep/prefix/", owner="a")
+    store.check_writable()
+    assert store.steps() == []
+    assert keys(bucket) == set()
+    saved = {step: save(store, step, world_size=2) for step in (5, 10, 15)}
+    assert [info.step for info in store.steps()] == [5, 10, 15]
+    assert "deep/prefix/run/step-00000005/manifest.json" in keys(bucket)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 15
+    checkpoint = Store(f"{bucket}/deep/prefix").open(10)
+    assert checkpoint.verify() == []
+    names = list(saved[10])
+    for name, tensor in zip(names, checkpoint.read([checkpoint.specs()[name] for name in names])):
+        assert same_bits(tensor, saved[10][name]), name
+    assert checkpoint.objects(1) == {"rank": 1, "step": 10}
+    assert store.prune(keep_last=2) == [5]
+    assert not any("step-00000005" in key for key in keys(bucket))
+
+
+def test_a_large_shard_goes_up_in_parts(bucket: str) -> None:
+    store = Store(bucket, owner="a")
+    tensor = torch.arange(10 << 20, dtype=torch.int32)  # 40 MiB
+    part = store.write_part(1, generation=0, rank=0, world_size=1, tensors=[whole("w", tensor)], objects={})
+    store.commit(1, 0, 1, {0: part}, {"certified": True})
+    checkpoint = store.open(1)
+    (loaded,) = checkpoint.read([checkpoint.specs()["w"]])
+    assert same_bits(loaded, tensor)
+
+
+def test_an_aborted_upload_leaves_no_shard(bucket: str) -> None:
+    store = Store(bucket, owner="a")
+    tensor = torch.ones(10 << 20)
+    calls = iter(range(1000))
+    with pytest.raises(SaveAborted):
+        store.write_part(
+            1,
+            generation=0,
+            rank=0,
+            world_size=1,
+            tensors=[whole("w", tensor)],
+            objects={},
+            should_abort=lambda: next(calls) > 8,
+        )
+    assert keys(bucket) == {"run/step-00000001/attempt.json"}
+
+
+def test_of_racing_creates_exactly_one_wins(bucket: str) -> None:
+    backends = [RemoteBackend(bucket) for _ in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(b.create_exclusive, "x/manifest.json", f"{i}".encode()) for i, b in enumerate(backends)]
+        won = [index for index, job in enumerate(jobs) if job.result()]
+    assert len(won) == 1
+    assert backends[0].read("x/manifest.json", 10) == f"{won[0]}".encode()
+
+
+def test_a_second_commit_is_idempotent_or_fenced(bucket: str) -> None:
+    store = Store(bucket, owner="a")
+    tensors = [whole("w", torch.ones(4))]
+    part = store.write_part(1, generation=0, rank=0, world_size=1, tensors=tensors, objects={})
+    store.commit(1, 0, 1, {0: part}, {"certified": True})
+    store.commit(1, 0, 1, {0: part}, {"certified": True})
+    with pytest.raises((Fenced, StoreError)):
+        store.commit(1, 0, 1, {0: {**part, "tensors": []}}, {"certified": True})
+    other = Store(bucket, owner="b")
+    second = other.write_part(1, generation=0, rank=0, world_size=1, tensors=tensors, objects={})
+    assert second["directory"] == "step-00000001.g0"
+
+
+def test_damage_is_found(bucket: str) -> None:
+    import s3fs
+
+    store = Store(bucket, owner="a")
+    save(store, 1, world_size=2)
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    for key in sorted(keys(bucket)):
+        path = f"{bucket}/{key}"
+        original = fs.cat_file(path)
+        for altered in (original[:-1] + bytes([original[-1] ^ 1]), original[:-1]):
+            fs.pipe_file(path, altered)
+            try:
+                assert store.open(1).verify() != [], key
+            except StoreCorrupt:
+                assert key.endswith("manifest.json")
+        fs.pipe_file(path, original)
+    assert store.open(1).verify() == []
+
+
+def test_a_bucket_that_does_not_exist(bucket: str) -> None:
+    store = Store(f"{bucket}-missing/x")
+    for action in (store.check_writable, store.steps, store.newest):
+        with pytest.raises(StoreGone, match="Create the bucket|no such|Create it"):
+            action()
+
+
+def test_without_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(StoreDenied, match="Check the credentials"):
+        Store(bucket).check_writable()
+
+
+def test_a_service_that_is_not_there(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StoreTransient) as caught:
+            Store(bucket).check_writable()
+    assert time.monotonic() - began < 60
+    assert "FakeSecret" not in str(caught.value)
+
+
+def test_no_secret_appears_in_files_or_errors(bucket: str) -> None:
+    import s3fs
+
+    save(Store(bucket, owner="a"), 1)
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    for key in keys(bucket):
+        content = fs.cat_file(f"{bucket}/{key}")
+        assert b"FakeSecret" not in content
+        assert b"FakeAccessKeyId" not in content
