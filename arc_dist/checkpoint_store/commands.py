@@ -19,7 +19,8 @@ from typing import Any
 from arc_dist.checkpoint_store.backends import Backend, open_backend
 from arc_dist.checkpoint_store.catalog import Catalog, StepInfo
 from arc_dist.checkpoint_store.format import MANIFEST_NAME, step_of_directory
-from arc_dist.checkpoint_store.reader import Problem, describe
+from arc_dist.checkpoint_store.manifest import Manifest
+from arc_dist.checkpoint_store.reader import Problem
 from arc_dist.errors import StoreError, StoreGone
 
 OK = 0
@@ -148,6 +149,29 @@ def inspect_step(args: argparse.Namespace) -> int:
             table.append((t.name, t.dtype, str(list(t.shape)), format_bytes(sum(c.nbytes for c in t.chunks))))
         _print_table(table)
     return OK
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as JSON for people and scripts, without the rows of single tensors."""
+    fields = {
+        key: getattr(manifest, key)
+        for key in (
+            "step",
+            "directory",
+            "generation",
+            "world_size",
+            "certified",
+            "committed_at",
+            "parent",
+            "owner",
+            "hash",
+        )
+    }
+    fields["nbytes"] = manifest.nbytes
+    fields["versions"] = dict(manifest.versions)
+    fields["hosts"] = dict(manifest.hosts)
+    fields["meta"] = dict(manifest.meta)
+    return fields
 
 
 def format_bytes(nbytes: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -395,26 +394,3 @@ def _advance(progress: Callable[[int], None] | None, nbytes: int) -> None:
 
 def _num_threads() -> int:
     return max(2, min(8, len(os.sched_getaffinity(0))))
-
-
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as JSON for people and scripts, without the rows of single tensors."""
-    fields = {
-        key: getattr(manifest, key)
-        for key in (
-            "step",
-            "directory",
-            "generation",
-            "world_size",
-            "certified",
-            "committed_at",
-            "parent",
-            "owner",
-            "hash",
-        )
-    }
-    fields["nbytes"] = manifest.nbytes
-    fields["versions"] = dict(manifest.versions)
-    fields["hosts"] = dict(manifest.hosts)
-    fields["meta"] = json.loads(json.dumps(dict(manifest.meta)))
-    return fields
