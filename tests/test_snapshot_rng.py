@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from arc_dist.snapshot.rng import capture_rng, pack_rng, restore_rng, unpack_rng
+from ranks import run_ranks
 
 # Each draws from one generator; Gaussians come in pairs, of which the second waits in the state.
 DRAWS: dict[str, Callable[[], object]] = {
@@ -99,14 +100,17 @@ def test_packing_loses_nothing() -> None:
 def test_another_process_goes_on_where_this_one_was() -> None:
     random.gauss(0, 1)
     data = pack_rng(capture_rng())
-    code = (
-        f"from arc_dist.snapshot.rng import restore_rng; restore_rng(bytes.fromhex({data.hex()!r}))\n"
-        "import random, torch, numpy as np\n"
-        "print([random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(1).item()])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(1).item()]
-    assert done.stdout.strip() == str(expected)
+    (elsewhere,) = run_ranks(1, _draw_elsewhere, data, init=False)
+    assert elsewhere == _gaussians()
+
+
+def _gaussians() -> list[float]:
+    return [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(1).item()]
+
+
+def _draw_elsewhere(rank: int, world_size: int, data: bytes) -> list[float]:
+    restore_rng(data)
+    return _gaussians()
 
 
 def test_numpy_is_neither_imported_nor_asked_where_nobody_uses_it() -> None:

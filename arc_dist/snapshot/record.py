@@ -21,7 +21,7 @@ import torch
 from arc_dist.snapshot import layout
 from arc_dist.snapshot.layout import SlotState
 from arc_dist.snapshot.rng import RngState, pack_rng
-from arc_dist.snapshot.tensors import bytes_of
+from arc_dist.snapshot.tensors import bytes_of, tensor_of
 
 _MAGIC = int.from_bytes(b"ARCREC1\x00", "little")
 # Words of the head: magic, state, sequence, step, bytes of RNG, of the table of buffers, of the buffers, of the mark.
@@ -168,9 +168,7 @@ class _Copy:
         rows = json.loads(bytes(self._buffer[start:table_end])) if words[_TABLE] else []
         buffers: dict[str, torch.Tensor] = {}
         for name, dtype, shape, nbytes in rows:
-            kind = getattr(torch, dtype)
-            part = bytearray(self._buffer[table_end : table_end + nbytes])
-            buffers[name] = torch.frombuffer(part, dtype=torch.uint8).view(kind).view(shape)
+            buffers[name] = tensor_of(self._buffer[table_end : table_end + nbytes], dtype, shape)
             table_end += nbytes
         return Entry(words[_STEP], rng, buffers, bytes(self._buffer[table_end : table_end + words[_MARK]]))
 

@@ -21,7 +21,7 @@ from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.errors import ConfigError
 from arc_dist.snapshot import directory, layout
 from arc_dist.snapshot.layout import SlotDamaged, SlotHeader, SlotInfo, TableEntry
-from arc_dist.snapshot.tensors import bytes_of
+from arc_dist.snapshot.tensors import bytes_of, tensor_of
 
 _logger = logging.getLogger(__name__)
 
@@ -354,12 +354,7 @@ def unpack_small(data: bytes) -> dict[str, Any]:
     head = json.loads(data[_BLOB_HEAD.size : start])
     tensors: dict[str, torch.Tensor] = {}
     for path, dtype, shape, offset, nbytes in head["tensors"]:
-        kind = getattr(torch, dtype)
-        if nbytes:
-            part = bytearray(data[start + offset : start + offset + nbytes])
-            tensors[path] = torch.frombuffer(part, dtype=torch.uint8).view(kind).view(shape)
-        else:
-            tensors[path] = torch.empty(shape, dtype=kind)
+        tensors[path] = tensor_of(data[start + offset : start + offset + nbytes], dtype, shape)
     return decode(head["value"], tensors)
 
 
