@@ -16,7 +16,9 @@ from arc_dist.snapshot.directory import OwnedDirectory, collect_dead, remove_dir
 from arc_dist.snapshot.layout import Phase, SlotDamaged, SlotHeader, StatusPage, TableEntry
 
 
-def write_slot(directory: Path, slot: int = 0, *, step: int = 7, certified: bool = False, parting: bool = False) -> Path:
+def write_slot(
+    directory: Path, slot: int = 0, *, step: int = 7, certified: bool = False, parting: bool = False
+) -> Path:
     """A slot with four bytes of tensor, written as the ring does it."""
     entry = TableEntry("model.w", "uint8", (4,), (4,), (0,), True, layout.PAGE_BYTES, 4)
     table, small = layout.encode_table([entry]), b"small"
@@ -260,3 +262,25 @@ def test_what_was_moved_to_the_temporary_directory_goes_with_the_directory(
     assert list(disk.iterdir()) == []
     assert kept.exists()
     remove_directory(owned.path)  # gone already: as wanted
+
+
+def test_several_collectors_at_once_leave_nothing_and_raise_nothing(tmp_path: Path) -> None:
+    for _ in range(5):
+        pid, _, dead = _fork_owner(tmp_path, child_too=False)
+        for index in range(200):
+            (dead / f"f{index}").touch()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        collectors = []
+        for _ in range(3):
+            collector = os.fork()
+            if collector == 0:
+                code = 1
+                try:
+                    collect_dead(tmp_path)
+                    code = 0
+                finally:
+                    os._exit(code)
+            collectors.append(collector)
+        assert [os.waitpid(collector, 0)[1] for collector in collectors] == [0, 0, 0]
+        assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def _goes_back(rank: int, world_size: int, kind: str) -> list[dict[str, Any]]:
 
 def _goes_back_with(kind: str, optimizer_kind: str) -> dict[str, Any]:
     state, step = make(kind, optimizer_kind)
-    ring = SnapshotRing(tempfile.mkdtemp(), slots=3)
+    ring = SnapshotRing(slots=3)
     digests = [state.digest()]
     slots = [capture(ring, state, 0)]
     for number in range(1, 5):
@@ -166,7 +165,7 @@ def _made_anew(rank: int, world_size: int) -> None:
     """An optimizer that has never stepped gets sharded state of the right kind."""
     state, step = make("fsdp", "adamw")
     step()
-    ring = SnapshotRing(tempfile.mkdtemp())
+    ring = SnapshotRing()
     slot = capture(ring, state, 1)
     digest = state.digest()
     for small in (True, False):
@@ -239,7 +238,7 @@ def _gathered(rank: int, world_size: int) -> None:
     assert state.tensors()[1] is tensors
     assert isinstance(model.get_submodule("embed").weight, DTensor)
     # Restoring while gathered must not leave the old gathered values in use.
-    ring = SnapshotRing(tempfile.mkdtemp())
+    ring = SnapshotRing()
     slot = capture(ring, state, 1)
     model.eval()
     index = torch.arange(6).view(2, 3)
@@ -264,7 +263,7 @@ def _batch_norm(rank: int, world_size: int) -> list[Any]:
     moving = {name: tensor.clone() for name, tensor in state.moving_buffers().items()}
     assert sorted(moving) == ["model.norm.num_batches_tracked", "model.norm.running_mean", "model.norm.running_var"]
     digest = state.digest()
-    ring = SnapshotRing(tempfile.mkdtemp())
+    ring = SnapshotRing()
     slot = capture(ring, state, 2)
     step()
     snapshot = ring.restore(slot)

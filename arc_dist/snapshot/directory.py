@@ -26,6 +26,7 @@ _PREFIX = "arc-dist-"
 _UNBORN_PREFIX = "arc-unborn-"  # not locked yet; renamed to _PREFIX once it is
 _SPILL_PREFIX = "arc-spill-"
 _UNBORN_GRACE_S = 600.0
+_REMOVE_ATTEMPTS = 100
 
 
 class OwnedDirectory:
@@ -82,8 +83,7 @@ def remove_directory(path: Path) -> None:
         for entry in path.iterdir():
             if entry.is_symlink():
                 remove_spill(entry)
-    # Another supervisor may collect the same directory at the same time: what is gone already is as wanted.
-    shutil.rmtree(path, onerror=_raise_unless_gone)
+    _remove_tree(path)
 
 
 def spill(link: Path) -> Path:
@@ -106,7 +106,7 @@ def remove_spill(link: Path) -> None:
     """Removes the file that `spill` made for `link`, and the link; does nothing to any other kind of link."""
     target = Path(os.readlink(link))
     if target.parent.name.startswith(_SPILL_PREFIX):
-        shutil.rmtree(target.parent, onerror=_raise_unless_gone)
+        _remove_tree(target.parent)
     link.unlink(missing_ok=True)
 
 
@@ -133,6 +133,13 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _raise_unless_gone(_function: object, _path: object, exc_info: tuple[object, BaseException, object]) -> None:
-    if not isinstance(exc_info[1], FileNotFoundError):
-        raise exc_info[1]
+def _remove_tree(path: Path) -> None:
+    """Removes a directory that another supervisor may be collecting at the same time: what is gone is as wanted."""
+    for _ in range(_REMOVE_ATTEMPTS):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            if path.exists():
+                continue
+        return
+    shutil.rmtree(path, ignore_errors=True)  # the other one is at work in it and will finish

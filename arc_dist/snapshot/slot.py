@@ -306,7 +306,10 @@ def read_peer(path: Path, number: int) -> Snapshot | None:
 
 
 def copy_in(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
-    """Copies live tensors into a slot. From GPUs on side streams, all at once, and waits for the end."""
+    """Copies live tensors into a slot. From GPUs on side streams, all at once, and waits for the end.
+
+    The GPU branch has not been tested on a GPU yet.
+    """
     with torch.no_grad():
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         if not devices:
