@@ -62,7 +62,8 @@ class FaultScript:
     def __init__(self, faults: list[Fault], rank: int, directory: Path) -> None:
         self._faults = [fault for fault in faults if fault.rank == rank]
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        if self._faults:
+            directory.mkdir(parents=True, exist_ok=True)
 
     def on_loss(self, loss: torch.Tensor, step: int) -> torch.Tensor:
         """After the forward pass of `step`: may return a NaN, or not return at all."""
