@@ -20,13 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from stats import median_interval, setting
 from torch import nn
 
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing, own_directory
 from arc_dist.snapshot.rng import capture_rng, pack_rng, restore_rng
 from arc_dist.snapshot.state import TrainingState
+from stats import median_interval, setting
 
 
 def make_state(millions: float) -> tuple[TrainingState, Callable[[], None]]:
@@ -105,12 +105,14 @@ def measure(millions: float, blocks: int) -> None:
     nbytes = sum(spec.nbytes for spec in specs)
     parameters = sum(p.numel() for model in state.models.values() for p in model.parameters())
     print(
-        f"\n{parameters / 1e6:.1f} M parameters, {nbytes / 1e6:.1f} MB of state in {len(specs)} tensors, {blocks} blocks"
+        f"\n{parameters / 1e6:.1f} M parameters, {nbytes / 1e6:.1f} MB of state in {len(specs)} tensors, "
+        f"{blocks} blocks"
     )
     for name, values in times.items():
         middle, low, high = median_interval(values)
         print(
-            f"  {name:16s} {1e3 * middle:9.3f} ms  [{1e3 * low:.3f}, {1e3 * high:.3f}]  {nbytes / middle / 1e9:6.2f} GB/s"
+            f"  {name:16s} {1e3 * middle:9.3f} ms  [{1e3 * low:.3f}, {1e3 * high:.3f}]  "
+            f"{nbytes / middle / 1e9:6.2f} GB/s"
         )
     for name, base in (("snapshot", "bare copy"), ("rollback", "bare copy back"), ("clone", "bare copy")):
         middle, low, high = median_interval([a / b for a, b in zip(times[name], times[base], strict=True)])
