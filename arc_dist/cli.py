@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from arc_dist.errors import ArcError, ExitCode
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """argparse ends with 2; the exit code for a wrong command line is ours."""
 
-    def error(self, message: str):  # noqa: ANN201  # argparse's own signature
+    def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(int(ExitCode.CONFIGURATION), f"{self.prog}: {message}\nSee {self.prog} --help.\n")
 

@@ -22,6 +22,12 @@ from arc_dist.launch import endings
 from arc_dist.launch.options import add_settings, settings_to_arguments
 
 _PREFIX = "arc-"
+_WORDS = {
+    int(ExitCode.PREEMPTED): "was preempted and has saved its state; start it again",
+    int(ExitCode.INFRASTRUCTURE): "was stopped by its infrastructure; start it again",
+    int(ExitCode.NO_PROGRESS): "makes no progress; see `arc report` before starting it again",
+    int(ExitCode.CONFIGURATION): "cannot run as it is configured",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -45,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         code = endings.job_exit_code(endings.read(reports), worker_exit_code=first.exitcode)
-        if code not in iter(ExitCode) or code == ExitCode.USER_BUG:
+        if code not in _WORDS:  # the script's own code: torchrun's table helps; our own errors have been said
             print(error, file=sys.stderr)
         _say(code)
         return code
@@ -112,11 +118,9 @@ def _options_only(argv: Sequence[str]) -> list[str]:
 
 
 def _say(code: int) -> None:
-    words = {
-        int(ExitCode.PREEMPTED): "preempted, with its state saved; start it again",
-        int(ExitCode.INFRASTRUCTURE): "stopped by infrastructure; start it again",
-        int(ExitCode.NO_PROGRESS): "makes no progress; see the report before starting it again",
-        int(ExitCode.CONFIGURATION): "cannot run as it is configured",
-    }
-    if code in words:
-        print(f"[arc] exit code {code}: the job {words[code]}", file=sys.stderr)
+    if code in _WORDS:
+        print(f"[arc] exit code {code}: the job {_WORDS[code]}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from pathlib import Path
 from arc_dist.errors import ExitCode
 
 VARIABLE = "ARC_ENDINGS_DIR"
+_RETRYABLE = (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE)
 
 
 def leave(directory: str | None, rank: str, returncode: int) -> None:
@@ -38,6 +39,17 @@ def read(directory: Path) -> list[int]:
             ending = json.loads(path.read_text())
             noted.append((ending["time"], ending["returncode"]))
     return [code for _, code in sorted(noted)]
+
+
+def verdict(directory: str | None) -> int | None:
+    """The exit code that an earlier attempt of this job ended with, if it is one after which no other is worth while.
+
+    torchrun's agent restarts workers whatever their exit code was; a supervisor that finds this ends with it at once.
+    """
+    if directory is None or not os.path.isdir(directory):
+        return None
+    final = [code for code in read(Path(directory)) if code > 0 and code not in _RETRYABLE]
+    return final[0] if final else None
 
 
 def job_exit_code(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from arc_dist.config import Env
-from arc_dist.errors import ArcError, ExitCode
+from arc_dist.errors import ArcError, ConfigError, ExitCode
 from arc_dist.launch import endings
 from arc_dist.launch import options as command_line
 from arc_dist.supervisor import process, script, zygote
@@ -30,9 +30,15 @@ def start() -> Callable[[], NoReturn]:
 
     A trainer returns all the way up, so that the script's exceptions and exit meet a nearly empty stack.
     """
+    if os.name != "posix" or not os.path.isdir("/proc/self"):
+        _fail(ConfigError("the supervisor needs Linux (/proc, fork, prctl). Run the script without it."), says=True)
     options = command_line.parse(sys.argv[1:])
     if options.zygote is not None:
         return _take_zygotes_place(options)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        verdict = endings.verdict(endings.directory_from_environ())
+        if verdict is not None:
+            _leave(verdict)
     try:
         options.target.check()
         os.environ.update(options.environ)
@@ -42,8 +48,12 @@ def start() -> Callable[[], NoReturn]:
     except ArcError as error:
         _fail(error, says=os.environ.get("LOCAL_RANK", "0") == "0")
     forked = zygote.fork_zygote()
-    if isinstance(forked, zygote.Trainer):
-        return functools.partial(_run_script, options)
+    if isinstance(forked, zygote.ZygoteProcess):
+        _supervise(env, membership, forked)
+    return functools.partial(_run_script, options)
+
+
+def _supervise(env: Env, membership: Membership, forked: zygote.ZygoteProcess) -> NoReturn:
     from arc_dist.supervisor import host  # after the fork: it imports HTTP and stores, and starts threads
 
     try:
@@ -52,7 +62,7 @@ def start() -> Callable[[], NoReturn]:
         _fail(error, says=True)
     except KeyboardInterrupt:  # before the supervisor took signals over
         _leave(-signal.SIGINT)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # whatever it is, the trainer and the shared memory must not stay behind
         traceback.print_exc()
         _leave(int(ExitCode.INFRASTRUCTURE))
     _leave(ending.returncode)

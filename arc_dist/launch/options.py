@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from arc_dist.errors import ExitCode
 from arc_dist.supervisor.script import Target
 
 _DESCRIPTION = """\
@@ -134,6 +137,6 @@ def parse(arguments: Sequence[str]) -> Options:
 class _Parser(argparse.ArgumentParser):
     """argparse ends with 2, which a launcher would take for the script's own code."""
 
-    def error(self, message: str):  # noqa: ANN201  # argparse's own signature
-        self.print_usage()
-        self.exit(78, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(int(ExitCode.CONFIGURATION), f"{self.prog}: {message}\nSee {self.prog} --help.\n")

@@ -1,4 +1,4 @@
-"""Counts optimizer steps of a script that is not guarded, so that a restart can be told from a loop without progress."""
+"""Counts optimizer steps of a script that is not guarded, so that progress can be told from a loop of failures."""
 
 from __future__ import annotations
 

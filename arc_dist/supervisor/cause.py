@@ -7,7 +7,14 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+from arc_dist.errors import ExitCode
 from arc_dist.supervisor import process
+
+_OWN_DECISIONS = {
+    int(ExitCode.PREEMPTED): "preempted, its state is saved",
+    int(ExitCode.NO_PROGRESS): "gave up for lack of progress",
+    int(ExitCode.CONFIGURATION): "cannot run as it is configured",
+}
 
 # How gloo, NCCL and the store report that a peer went away. Such an exception is an echo of another rank's death.
 _PEER_LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "PeerLost")
@@ -58,7 +65,9 @@ class Cause:
         if self.exception is not None:
             message = str(self.exception.get("message", "")).strip().splitlines()
             return f"{self.exception.get('type')}: {message[0][:200] if message else ''}"
-        return process.describe_status(self.returncode)
+        words = _OWN_DECISIONS.get(self.returncode)
+        status = process.describe_status(self.returncode)
+        return status if words is None else f"{words} ({status})"
 
 
 def classify(

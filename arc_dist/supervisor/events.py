@@ -123,7 +123,7 @@ class DirectivePoller:
         try:
             while True:
                 self._settle(*self._questions.get())
-        except BaseException as error:  # nobody reads this thread's traceback; the main thread's everybody does
+        except BaseException as error:  # noqa: BLE001  # the main thread raises it again, where it ends the process
             self._events.put(Failed(error))
 
     def _settle(self, generation: int, after: str) -> None:

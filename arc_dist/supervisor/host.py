@@ -55,7 +55,15 @@ def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygotePro
         directory = _own_directory(env.shm_root, f"{membership.run_id or env.job_id}-r{membership.rank}")
         stack.callback(directory.close)
         meeting = Meeting(membership) if membership.store_host is not None else None
-        address, generation, client = _connect(stack, env, membership, meeting, str(directory.path))
+        if membership.rank == 0:
+            address, client, server = _host_coordinator(stack, env, membership)
+            if meeting is not None:
+                meeting.announce(address)
+            answer = _join(client, membership, str(directory.path))
+        else:
+            assert meeting is not None  # Membership.read refuses a rank above 0 without one
+            server = None
+            address, client, answer = _find_coordinator(membership, meeting, str(directory.path))
         stores = None
         if membership.rank == 0 and membership.store_host is not None:
             stores = GenerationStores(advertised_host(membership)[0])
@@ -77,24 +85,20 @@ def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygotePro
         )
         supervisor = Supervisor(setup, client, zygote_process, events)
         try:
-            return supervisor.run(generation)
+            return supervisor.run(int(answer["generation"]))
         finally:
-            if meeting is not None:
+            supervisor.close()
+            if meeting is not None and server is None:
+                meeting.leave(address.token, membership)
+            elif meeting is not None and server is not None:
                 limit_s = _PREEMPTION_FAREWELL_LIMIT_S if supervisor.was_preempted else _FAREWELL_LIMIT_S
-                meeting.leave(address.token, membership, timeout_s=limit_s)
+                meeting.await_others(address.token, membership, lambda: server.num_connections, timeout_s=limit_s)
 
 
-def _connect(
-    stack: contextlib.ExitStack, env: Env, membership: Membership, meeting: Meeting | None, shm_dir: str
-) -> tuple[CoordinatorAddress, int, Client]:
-    """Hosts the coordinator (rank 0) or finds it (the others), joins, and says which generation comes first."""
-    if membership.rank == 0:
-        address, client = _host_coordinator(stack, env, membership)
-        if meeting is not None:
-            meeting.announce(address)
-        answer = _join(client, membership, shm_dir)
-        return address, int(answer["generation"]), client
-    assert meeting is not None
+def _find_coordinator(
+    membership: Membership, meeting: Meeting, shm_dir: str
+) -> tuple[CoordinatorAddress, Client, dict[str, Any]]:
+    """Finds the coordinator in rank 0's supervisor and joins it; returns its answer too."""
     deadline = time.monotonic() + _JOIN_LIMIT_S
     problem = "nothing was announced"
     refused: CoordinatorAddress | None = None
@@ -104,8 +108,7 @@ def _connect(
             continue
         client = CoordinatorClient(found.url, found.token, timeout_s=_CLIENT_TIMEOUT_S)
         try:
-            answer = _join(client, membership, shm_dir)
-            return found, int(answer["generation"]), client
+            return found, client, _join(client, membership, shm_dir)
         except CoordinatorUnavailable as error:
             problem = str(error)  # announced by a rank 0 that is gone; its successor announces itself in a moment
             time.sleep(_JOIN_RETRY_S)
@@ -132,17 +135,17 @@ def _join(client: Any, membership: Membership, shm_dir: str) -> dict[str, Any]:
     )
 
 
-def _host_coordinator(stack: contextlib.ExitStack, env: Env, membership: Membership) -> tuple[CoordinatorAddress, Client]:
+def _host_coordinator(
+    stack: contextlib.ExitStack, env: Env, membership: Membership
+) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
     job_id = _job_id(env, membership)
     run_dir = Path(os.environ["ARC_RUN_DIR"]) if os.environ.get("ARC_RUN_DIR") else default_run_dir(job_id)
     _, listen = advertised_host(membership)
-    coordinator = Coordinator.open(
-        membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts
-    )
+    coordinator = Coordinator.open(membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts)
     stack.callback(coordinator.close)
     server = stack.enter_context(CoordinatorServer(coordinator, host=listen))
     address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))
-    return address, LocalClient(coordinator)
+    return address, LocalClient(coordinator), server
 
 
 def _job_id(env: Env, membership: Membership) -> str:
@@ -161,7 +164,9 @@ def _job_id(env: Env, membership: Membership) -> str:
 
 def _own_directory(root: Path, label: str) -> OwnedDirectory:
     if not root.is_dir():
-        raise ConfigError(f"the memory file system {root} is not a directory. Set ARC_SHM_ROOT to one, such as /dev/shm.")
+        raise ConfigError(
+            f"{root} shall hold snapshots but is no directory. Set ARC_SHM_ROOT to one, such as /dev/shm."
+        )
     try:
         return OwnedDirectory(root, label)
     except OSError as error:

@@ -57,12 +57,28 @@ class Incident:
     def first_line(self, pid: int | None) -> str:
         """Said at once; the logger names the rank."""
         where = "" if self.step is None else f" after step {self.step}"
-        return f"generation {self.generation}: trainer {pid} died{where}: {self.cause}"
+        verb = "ended" if self.cause.kind == "exit" else "died"
+        return f"generation {self.generation}: trainer {pid} {verb}{where}: {self.cause}"
 
     def resumed(self, *, generation: int, plan: Mapping[str, Any], forked_at: float) -> dict[str, Any]:
         """The record, once the next generation's trainer is forked."""
         restored = plan.get("step")
         lost = None if self.step is None or restored is None else max(0, self.step - int(restored))
+        return {
+            **self._record(),
+            "action": "restart",
+            "new_generation": generation,
+            "restored_step": restored,
+            "tier": plan.get("tier"),
+            "resumed_after_s": forked_at - self.exited_at,
+            "steps_lost": lost,
+        }
+
+    def stopped(self, reason: str) -> dict[str, Any]:
+        """The record, when no generation follows."""
+        return {**self._record(), "action": "stop", "reason": reason}
+
+    def _record(self) -> dict[str, Any]:
         return {
             "time": self.time,
             "kind": "rank_died",
@@ -71,12 +87,6 @@ class Incident:
             "step": self.step,
             "cause": str(self.cause),
             "seen_after_s": self.seen_after_s,
-            "action": "restart",
-            "new_generation": generation,
-            "restored_step": restored,
-            "tier": plan.get("tier"),
-            "resumed_after_s": forked_at - self.exited_at,
-            "steps_lost": lost,
         }
 
     def second_line(self, report: Mapping[str, Any]) -> str:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import socket
 import time
+from collections.abc import Callable
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
@@ -82,22 +84,33 @@ class Meeting:
                 return None
             time.sleep(_POLL_S)
 
+    def leave(self, token: str, membership: Membership) -> None:
+        """Another rank than 0 says that it needs the coordinator no more. Best effort."""
+        try:
+            self._store.add(self._left_key(token), 1)
+        except RuntimeError as error:  # the launcher's store is gone, so everything is ending
+            logger.debug("rank %d left without saying so: %s", membership.rank, error)
 
-    def leave(self, token: str, membership: Membership, *, timeout_s: float) -> None:
-        """Says that this supervisor needs the coordinator no more; rank 0, which hosts it, waits for the others.
+    def await_others(
+        self, token: str, membership: Membership, num_connections: Callable[[], int], *, timeout_s: float
+    ) -> None:
+        """Rank 0, which hosts the coordinator, waits until nobody needs it.
 
-        Best effort and bounded: a supervisor that was killed never says so.
+        Supervisors that were killed never say so, but their connections are closed; hosts that were lost do neither,
+        and are waited for `timeout_s`.
         """
-        key = f"left/{token}"
         deadline = time.monotonic() + timeout_s
         try:
-            if membership.rank != 0:
-                self._store.add(key, 1)
-                return
-            while self._store.add(key, 0) < membership.world_size - 1 and time.monotonic() < deadline:
+            while num_connections() > 0 and time.monotonic() < deadline:
+                if self._store.add(self._left_key(token), 0) >= membership.world_size - 1:
+                    return
                 time.sleep(_POLL_S)
-        except RuntimeError as error:  # the launcher's store is gone, so the others are ending too
-            logger.debug("rank %d left without saying so: %s", membership.rank, error)
+        except RuntimeError as error:
+            logger.debug("rank 0 did not wait for the others: %s", error)
+
+    @staticmethod
+    def _left_key(token: str) -> str:
+        return f"left/{hashlib.sha256(token.encode()).hexdigest()[:16]}"
 
 
 class GenerationStores:
@@ -141,7 +154,8 @@ def advertised_host(membership: Membership) -> tuple[str, str]:
             local = probe.getsockname()[0]
     except OSError as error:
         raise InfrastructureError(
-            f"MASTER_ADDR={membership.store_host} cannot be resolved or reached: {error}. Check the name and the network."
+            f"MASTER_ADDR={membership.store_host} cannot be resolved or reached: {error}. "
+            f"Check the name and the network."
         ) from error
     return (membership.store_host if local == address[0] else local), local
 

@@ -171,13 +171,13 @@ def _note(error: BaseException) -> None:
     if directory is None or isinstance(error, KeyboardInterrupt):
         return
     kind = type(error)
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    home = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
     text = "".join(traceback.format_exception(kind, error, error.__traceback__))
     try:
         layout.write_exception(
             directory,
             {
-                "type": name,
+                "type": home + kind.__qualname__,
                 "message": str(error)[:_MAX_MESSAGE_CHARS],
                 "step": _last_step(directory),
                 "traceback": text[-_MAX_TRACEBACK_CHARS:],
@@ -186,7 +186,7 @@ def _note(error: BaseException) -> None:
             },
         )
     except OSError as problem:
-        print(f"[arc] could not note the exception for the supervisor in {directory}: {problem}", file=sys.stderr)
+        sys.stderr.write(f"[arc] could not note the exception for the supervisor in {directory}: {problem}\n")
 
 
 def _last_step(directory: Path) -> int | None:

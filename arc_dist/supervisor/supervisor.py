@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import queue
 import signal
 import time
@@ -40,9 +39,9 @@ from arc_dist.supervisor.events import (
     Signalled,
     ZygoteLost,
     ZygoteSaid,
-    read_zygote,
 )
 from arc_dist.supervisor.incidents import Incident
+from arc_dist.supervisor.trainers import Trainer, Trainers
 from arc_dist.telemetry.log import logger
 
 _PARTING_POLL_S = 0.002
@@ -55,6 +54,7 @@ _ZYGOTE_START_LIMIT_S = 300.0
 _COORDINATOR_LIMIT_S = 10.0
 _FAREWELL_LIMIT_S = 5.0
 _RETRY_S = 0.05
+_RETRY_MAX_S = 1.0
 _LONG_RUN_S = 60.0
 
 # After these the trainer's end is the job's end, however it ended.
@@ -89,22 +89,6 @@ class Ending:
     returncode: int
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Trainer:
-    """The trainer of the current generation, as far as it is known."""
-
-    generation: int
-    plan: dict[str, Any]
-    oom_before: dict[str, int]
-    pid: int | None = None
-    ticks: int | None = None
-    forked_at: float | None = None
-    exited_at: float | None = None
-    returncode: int | None = None
-    clean: bool = False  # nothing that it had started lives any more
-    killed_by_us: bool = False
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
     """What a supervisor is given.
@@ -137,14 +121,11 @@ class Supervisor:
         self._setup = setup
         self._client = client
         self._events = events
-        self._zygote = zygote_process
-        self._zygote_ready = False
-        self._trainer: _Trainer | None = None
+        self._trainers = Trainers(setup.rank, setup.shm_dir, zygote_process, events)
         self._directive: dict[str, Any] | None = None
         self._signals: list[int] = []
         self._coordinator_lost_at: float | None = None
         self._coordinator_error = ""
-        self._page = layout.StatusPage.create(setup.shm_dir)
         self._poller = DirectivePoller(self._ask, events)
         self._incident: Incident | None = None
         self._furthest = 0
@@ -155,9 +136,13 @@ class Supervisor:
         Raises:
             ArcError: the job cannot go on; the message is for the user and `exit_code` for the launcher.
         """
-        read_zygote(self._zygote.sock, self._zygote.pid, self._events)
         while True:
-            self._await_zygote()
+            if not self._wait(lambda: self._trainers.zygote_ready, timeout_s=_ZYGOTE_START_LIMIT_S):
+                raise InfrastructureError(
+                    f"rank {self._setup.rank}: the zygote process is not ready after {_ZYGOTE_START_LIMIT_S:.0f} s. "
+                    f"Look at its error output above; the node may be overloaded.",
+                    rank=self._setup.rank,
+                )
             self._say_ready(generation)
             directive = self._await_directive(generation)
             if directive["kind"] == "run":
@@ -168,6 +153,9 @@ class Supervisor:
                 directive = self._take_directive(generation)
             if directive["kind"] == "end":
                 self._part_and_kill(directive["reason"])
+                trainer = self._trainers.current
+                if trainer is not None and trainer.returncode is not None and self._is_leaving(trainer.returncode):
+                    return self._leave(trainer, self._trainers.cause_of(trainer))
                 generation = int(directive["generation"]) + 1
             elif directive["kind"] == "stop":
                 return self._stop(directive)
@@ -177,28 +165,28 @@ class Supervisor:
     def _ask(self, generation: int, after: str, timeout_s: float) -> dict[str, Any]:
         return self._client.directive(rank=self._setup.rank, generation=generation, timeout_s=timeout_s, after=after)
 
+    def close(self) -> None:
+        """Ends a trainer that still lives, because an error ends this supervisor."""
+        if not self._trainers.gone:
+            self._trainers.kill()
+            self._wait(lambda: self._trainers.clean, timeout_s=_FAREWELL_LIMIT_S)
+
     @property
     def was_preempted(self) -> bool:
         """Whether SIGTERM reached this supervisor."""
         return signal.SIGTERM in self._signals
+
+    @property
+    def _leaving_by(self) -> int | None:
+        """The first signal that told this supervisor to end, if one did."""
+        return next((number for number in self._signals if number in _LEAVING_SIGNALS), None)
 
     # --- one generation -----------------------------------------------------------------------------------------------
 
     def _say_ready(self, generation: int) -> None:
         setup = self._setup
         store = setup.store_for(generation) if setup.store_for is not None else None
-        inventory = [
-            {
-                "step": slot.step,
-                "certified": slot.certified,
-                "slot": slot.slot,
-                "nbytes": slot.nbytes,
-                "generation": slot.generation,
-                "parting": slot.parting,
-                "replicated": slot.replicated,
-            }
-            for slot in layout.inspect(setup.shm_dir)
-        ]
+        inventory = self._trainers.inventory()
         self._insist(
             lambda: self._client.ready(
                 rank=setup.rank,
@@ -223,7 +211,7 @@ class Supervisor:
             return None
         return self._after_exit(trainer)
 
-    def _fork(self, generation: int, directive: dict[str, Any]) -> _Trainer:
+    def _fork(self, generation: int, directive: dict[str, Any]) -> Trainer:
         setup = self._setup
         plan = directive.get("plan") or {"version": 1, "generation": generation, "step": None, "tier": "none"}
         to_set = {
@@ -241,34 +229,21 @@ class Supervisor:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": str(generation),
             }
-        layout.clear_exception(setup.shm_dir)
-        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            # What an earlier generation wrote there (@record) would be shown as the reason of a later, other end.
-            Path(error_file).unlink(missing_ok=True)
-        self._page.write(phase=layout.Phase.NONE, generation=generation, step=int(plan.get("step") or 0))
-        trainer = _Trainer(generation=generation, plan=plan, oom_before=process.oom_kills())
-        self._trainer = trainer
-        self._command({"command": "fork", "set": to_set, "unset": []})
+        trainer = self._trainers.fork(generation, plan, to_set)
         self._wait(lambda: trainer.pid is not None or trainer.returncode is not None)
         return trainer
 
-    def _after_exit(self, trainer: _Trainer) -> Ending | None:
+    def _after_exit(self, trainer: Trainer) -> Ending | None:
         """Reports a trainer that ended by itself; an Ending when this is also the end of the supervisor."""
         assert trainer.returncode is not None and trainer.exited_at is not None
-        exception = layout.read_exception(self._setup.shm_dir)
-        cause = causes.classify(
-            trainer.returncode,
-            exception=exception,
-            oom_before=trainer.oom_before,
-            oom_after=process.oom_kills() if trainer.returncode == -signal.SIGKILL else {},
-        )
+        cause = self._trainers.cause_of(trainer)
         if self._is_leaving(trainer.returncode):
             return self._leave(trainer, cause)
         if cause.is_echo and self._wait(lambda: self._directive is not None, timeout_s=_ECHO_WAIT_S):
             return None  # the peer's own supervisor said what happened, and the generation is over
         if self._directive is not None:
             return None
-        step = self._last_step(trainer)
+        step = self._trainers.last_step(trainer)
         if cause.kind == "finished":
             self._insist(lambda: self._client.finished(rank=self._setup.rank, generation=trainer.generation))
         else:
@@ -278,14 +253,14 @@ class Supervisor:
                 step=step,
                 cause=cause,
                 exited_at=trainer.exited_at,
-                last_progress_at=self._page.read().progress_ns / 1e9 if step is not None else None,
+                last_progress_at=self._trainers.last_progress_at(trainer),
             )
-            logger.warning("%s", self._incident.first_line(trainer.pid))
             self._count_long_run(trainer, step)
             self._insist(lambda: self._client.died(**self._death(trainer, cause, step)))
+            logger.warning("%s", self._incident.first_line(trainer.pid))
         return None
 
-    def _count_long_run(self, trainer: _Trainer, step: int | None) -> None:
+    def _count_long_run(self, trainer: Trainer, step: int | None) -> None:
         """Lets a long run of a script that keeps its own checkpoints count as progress.
 
         Such a script's steps are counted from its start in every generation, so they say nothing about how far the
@@ -293,36 +268,30 @@ class Supervisor:
         """
         if step is None or trainer.forked_at is None or trainer.exited_at is None:
             return
-        if self._page.read().phase != layout.Phase.NONE:
+        if self._trainers.phase() != layout.Phase.NONE:
             return
         long = trainer.exited_at - trainer.forked_at >= _LONG_RUN_S
         self._furthest = self._furthest + step if long else max(self._furthest, step)
         report = {"rank": self._setup.rank, "generation": trainer.generation, "step": self._furthest}
         self._insist(lambda: self._client.progress(**report))
 
-    def _last_step(self, trainer: _Trainer) -> int | None:
-        """The trainer's last committed step; None for a script that counts none (the page is as we set it up)."""
-        status = self._page.read()
-        return status.step if status.pid == trainer.pid else None
-
-    def _death(self, trainer: _Trainer, cause: causes.Cause, step: int | None) -> dict[str, Any]:
+    def _death(self, trainer: Trainer, cause: causes.Cause, step: int | None) -> dict[str, Any]:
         generation = trainer.generation
         return {"rank": self._setup.rank, "generation": generation, "cause": cause.to_wire(), "step": step}
 
     def _part_and_kill(self, reason: str) -> None:
         """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so."""
-        trainer = self._trainer
+        trainer = self._trainers.current
         if trainer is None:
             return
         asked_at = time.monotonic()
         while trainer.returncode is None:
-            phase = self._page.read().phase
+            phase = self._trainers.phase()
             limit_s = {layout.Phase.STEPPING: _STEPPING_LIMIT_S, layout.Phase.PARTING: _PARTING_LIMIT_S}.get(phase, 0.0)
-            if self._signals:
+            if self._leaving_by is not None:
                 limit_s = _PARTING_LIMIT_S  # it is leaving by itself, with its state
             if time.monotonic() - asked_at >= limit_s:
-                trainer.killed_by_us = True
-                self._command({"command": "kill"})
+                self._trainers.kill()
                 break
             self._wait(lambda: trainer.returncode is not None, timeout_s=_PARTING_POLL_S)
         if not self._wait(lambda: trainer.clean, timeout_s=_KILL_LIMIT_S):
@@ -335,10 +304,11 @@ class Supervisor:
             )
         logger.debug("generation %d ended here: %s", trainer.generation, reason)
 
-    def _finish_incident(self, trainer: _Trainer) -> None:
-        incident, self._incident = self._incident, None
+    def _finish_incident(self, trainer: Trainer) -> None:
+        incident = self._incident
         if incident is None or trainer.forked_at is None:
             return
+        self._incident = None
         report = incident.resumed(generation=trainer.generation, plan=trainer.plan, forked_at=trainer.forked_at)
         logger.warning("%s", incident.second_line(report))
         with self._tolerating_coordinator("the incident was not recorded"):
@@ -351,79 +321,39 @@ class Supervisor:
         if returncode < 0 and -returncode in zygote.FORWARDED_SIGNALS:
             # A launcher signals the whole group; the trainer's death may be seen before our own handler has run.
             self._wait(lambda: -returncode in self._signals, timeout_s=_SIGNAL_RACE_S)
-        return any(number in _LEAVING_SIGNALS or number == -returncode for number in self._signals)
+        return self._leaving_by is not None or -returncode in self._signals
 
-    def _leave(self, trainer: _Trainer, cause: causes.Cause) -> Ending:
+    def _leave(self, trainer: Trainer, cause: causes.Cause) -> Ending:
         """Ends as the trainer ended, after telling the coordinator, which tells ranks that were not signalled."""
         assert trainer.returncode is not None
+        if trainer.killed_by_us and self._leaving_by is not None:
+            return Ending(-self._leaving_by)
         if cause.kind != "finished":
             logger.warning("generation %d: trainer ended, and so does its supervisor: %s", trainer.generation, cause)
         with self._tolerating_coordinator("the end of this rank was not reported"):
             if cause.kind == "finished":
                 self._client.finished(rank=self._setup.rank, generation=trainer.generation)
             else:
-                self._client.died(**self._death(trainer, cause, self._last_step(trainer)))
+                self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer)))
                 if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
         return Ending(trainer.returncode)
 
     def _conclude_preemption(self, generation: int) -> None:
         """Says that nothing runs here any more, so that the other ranks are told to stop without a time-out."""
-        self._wait(lambda: self._trainer is None or self._trainer.clean, timeout_s=_FAREWELL_LIMIT_S)
-        deadline = time.monotonic() + _FAREWELL_LIMIT_S
-        self._say_ready(generation + 1)
-        self._poller.ask(generation + 1)
-        while time.monotonic() < deadline:
-            if not self._wait(lambda: self._directive is not None, timeout_s=deadline - time.monotonic()):
-                return
-            directive, self._directive = self._directive, None
-            if directive is None or directive["kind"] != "end":
-                return
-            self._poller.ask(generation + 1)
+        if self._wait(lambda: self._trainers.clean, timeout_s=_FAREWELL_LIMIT_S):
+            self._say_ready(generation + 1)
 
     def _stop(self, directive: dict[str, Any]) -> Ending:
         self._part_and_kill("the job stops")
         code = int(directive["exit_code"])
         log = logger.error if self._setup.rank == 0 else logger.debug
-        log("the job stops (%s): %s", process.describe_status(code), directive.get("reason", "no reason given"))
+        reason = directive.get("reason", "no reason given")
+        log("the job stops (%s): %s", process.describe_status(code), reason)
+        if self._incident is not None and self._incident.cause.returncode != ExitCode.PREEMPTED:
+            with self._tolerating_coordinator("the incident was not recorded"):
+                self._client.incident(**self._incident.stopped(reason))
         return Ending(code)
-
-    # --- the zygote ---------------------------------------------------------------------------------------------------
-
-    def _await_zygote(self) -> None:
-        if not self._wait(lambda: self._zygote_ready, timeout_s=_ZYGOTE_START_LIMIT_S):
-            raise InfrastructureError(
-                f"rank {self._setup.rank}: the zygote process {self._zygote.pid} is not ready after "
-                f"{_ZYGOTE_START_LIMIT_S:.0f} s. Look at its error output above; the node may be overloaded."
-            )
-
-    def _replace_zygote(self) -> None:
-        """A dead zygote took the trainer along; a new one imports everything anew (seconds, not milliseconds)."""
-        started_ready = self._zygote_ready
-        process.wait_gone(self._zygote.pid, ticks=self._zygote.ticks, timeout_s=_KILL_LIMIT_S)
-        trainer = self._trainer
-        if trainer is not None and trainer.pid is not None and trainer.returncode is None:
-            process.wait_gone(trainer.pid, ticks=trainer.ticks, timeout_s=_KILL_LIMIT_S)
-        zygote.kill_orphans()
-        if trainer is not None and trainer.returncode is None:
-            trainer.returncode, trainer.exited_at = -int(signal.SIGKILL), time.monotonic()
-        if trainer is not None:
-            trainer.clean = True
-        if not started_ready:
-            raise InfrastructureError(
-                f"rank {self._setup.rank}: the zygote process {self._zygote.pid} ended before it could fork; "
-                f"its error output above says why."
-            )
-        self._zygote_ready = False
-        logger.warning("the zygote (pid %d) died; starting another, which imports torch again", self._zygote.pid)
-        self._zygote.sock.close()
-        self._zygote = zygote.start_zygote()
-        read_zygote(self._zygote.sock, self._zygote.pid, self._events)
-
-    def _command(self, message: dict[str, Any]) -> None:
-        # A broken pipe means that the zygote is gone; its reader thread says so in a moment, and that is acted on.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            wire.send(self._zygote.sock, message)
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
@@ -435,7 +365,9 @@ class Supervisor:
             after: the kind of directive that is being followed, which is no answer.
         """
         self._poller.ask(generation, after=after)
-        while not self._wait(lambda: self._directive is not None, timeout_s=1.0):
+        while not self._wait(
+            lambda: self._directive is not None or self._leaving_without_trainer(), timeout_s=_RETRY_MAX_S
+        ):
             lost_at = self._coordinator_lost_at
             if lost_at is not None and time.monotonic() - lost_at > _COORDINATOR_LIMIT_S:
                 raise CoordinatorUnavailable(
@@ -443,13 +375,20 @@ class Supervisor:
                     f"{_COORDINATOR_LIMIT_S:.0f} s: {self._coordinator_error}. If rank 0's host is lost, the launcher "
                     f"must restart the job (torchrun --max-restarts)."
                 )
-            if self._leaving_without_trainer():
-                return {"kind": "stop", "exit_code": -self._signals[0], "reason": "told to end while nothing ran"}
+        if self._directive is None:
+            return self._leaving_directive()
         return self._take_directive(generation)
 
+    def _leaving_directive(self) -> dict[str, Any]:
+        """What a signal means while no trainer runs; a script that ended well is not made a failure by it."""
+        assert self._leaving_by is not None
+        trainer = self._trainers.current
+        if trainer is not None and trainer.returncode == 0:
+            return {"kind": "done"}
+        return {"kind": "stop", "exit_code": -self._leaving_by, "reason": "told to end while nothing ran"}
+
     def _leaving_without_trainer(self) -> bool:
-        trainer = self._trainer
-        return bool(self._signals) and (trainer is None or trainer.returncode is not None)
+        return self._leaving_by is not None and self._trainers.gone
 
     def _take_directive(self, generation: int) -> dict[str, Any]:
         directive, self._directive = self._directive, None
@@ -493,11 +432,9 @@ class Supervisor:
     def _handle(self, event: Event) -> None:
         match event:
             case ZygoteSaid(message=message, zygote_pid=pid):
-                if pid == self._zygote.pid:
-                    self._hear(message)
+                self._trainers.hear(message, pid)
             case ZygoteLost(zygote_pid=pid):
-                if pid == self._zygote.pid:
-                    self._replace_zygote()
+                self._trainers.lost(pid)
             case Directed(directive=directive):
                 self._coordinator_lost_at = None
                 self._poller.answered()
@@ -512,27 +449,10 @@ class Supervisor:
             case Failed(error=error):
                 raise error
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        trainer = self._trainer
-        match message["event"]:
-            case "ready":
-                self._zygote_ready = True
-            case "forked" if trainer is not None:
-                trainer.pid, trainer.ticks, trainer.forked_at = message["pid"], message["ticks"], message["at"]
-            case "exited" if trainer is not None and trainer.pid == message["pid"]:
-                trainer.returncode, trainer.exited_at = message["status"], message["at"]
-            case "clean" if trainer is not None and trainer.pid == message["pid"]:
-                trainer.clean = True
-
     def _take_signal(self, number: int) -> None:
         """Hands a signal on to the trainer; SIGTERM is also told to the coordinator, so that all ranks know."""
         self._signals.append(number)
-        self._command({"command": "signal", "number": number})
+        self._trainers.forward(number)
         if number == signal.SIGTERM:
             with self._tolerating_coordinator("the preemption was not reported"):
                 self._client.preempt(rank=self._setup.rank)
-
-
-def exit_code_of(error: ArcError) -> int:
-    """The exit code of a supervisor that an error of ours ends."""
-    return int(getattr(error, "exit_code", ExitCode.INFRASTRUCTURE))

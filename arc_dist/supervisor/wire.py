@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 _HEADER = struct.Struct("!I")
@@ -19,7 +20,7 @@ def dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def send(sock: socket.socket, message: dict[str, Any]) -> None:
+def send(sock: socket.socket, message: Mapping[str, Any]) -> None:
     """Sends one message; blocks until the kernel took all of it."""
     body = json.dumps(message).encode()
     sock.sendall(_HEADER.pack(len(body)) + body)

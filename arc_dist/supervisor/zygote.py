@@ -126,9 +126,9 @@ def serve(sock: socket.socket) -> Trainer:
     zygote = _Zygote(sock)
     try:
         trainer = zygote.run()
-    except BaseException:
+    except BaseException as error:
         if os.getpid() == zygote.pid:
-            sys.excepthook(*sys.exc_info())
+            sys.excepthook(type(error), error, error.__traceback__)
             _flush()
             os._exit(1)
         raise

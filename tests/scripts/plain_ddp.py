@@ -18,7 +18,7 @@ def main():
     args = parser.parse_args()
 
     rank = int(os.environ["RANK"])
-    log = open(os.path.join(args.directory, f"rank-{rank}"), "a", buffering=1)
+    log = open(os.path.join(args.directory, f"rank-{rank}"), "a", buffering=1)  # noqa: SIM115
     print("start", os.getpid(), time.monotonic(), file=log)
     dist.init_process_group("gloo")
     torch.manual_seed(0)

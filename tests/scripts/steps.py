@@ -11,7 +11,7 @@ import time
 
 import torch
 
-log = open(sys.argv[1], "a", buffering=1)
+log = open(sys.argv[1], "a", buffering=1)  # noqa: SIM115
 orders = [argument.split(":") for argument in sys.argv[2:]]
 generation = os.environ.get("ARC_GENERATION", "0")
 print("start", os.getpid(), generation, file=log)

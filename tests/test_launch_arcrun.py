@@ -1,0 +1,178 @@
+"""`arcrun` and `torchrun -m arc_dist`: one command, one clear message, an exit code that tells how the job ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from arc_dist.launch import arcrun, endings
+from arc_dist.launch.options import parse
+from ranks import Job, run_job, torchrun
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "arc_dist.launch.arcrun", "--standalone", "--nproc-per-node=2", *args]
+
+
+def script(directory: Path, *lines: str) -> str:
+    path = directory / "train.py"
+    path.write_text("\n".join(["import os, signal, sys, time", "rank = int(os.environ['RANK'])", *lines, ""]))
+    return str(path)
+
+
+LIGHT = ("--arc-no-preload", "--arc-no-guard")
+
+
+@pytest.mark.slow
+def test_success_and_the_scripts_own_arguments(tmp_path: Path) -> None:
+    result = run_job(command(*LIGHT, script(tmp_path, "print(sys.argv[1:], flush=True)"), "--lr", "3", "--arc-store=x"))
+    assert result.exit_code == 0, str(result)
+    assert result.stdout == 2 * "['--lr', '3', '--arc-store=x']\n"
+
+
+@pytest.mark.slow
+def test_the_scripts_own_code_is_the_jobs_and_is_not_tried_again(tmp_path: Path) -> None:
+    """torchrun alone would end with 1, and would start all again as often as --max-restarts says."""
+    path = script(tmp_path, "print('life', flush=True)", "sys.exit(3) if rank == 1 else time.sleep(60)")
+    result = run_job(command(*LIGHT, "--max-restarts=3", path))
+    assert result.exit_code == 3, str(result)
+    assert result.stdout.count("life") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [75, 77, 78])
+def test_codes_of_ours_pass_through(tmp_path: Path, code: int) -> None:
+    path = script(tmp_path, f"sys.exit({code})")
+    result = run_job(command(*LIGHT, path))
+    assert result.exit_code == code, str(result)
+    assert f"exit code {code}: the job" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["arcrun", "torchrun"])
+def test_a_script_that_does_not_exist_is_said_once(launcher: str) -> None:
+    argv = command("no/such.py") if launcher == "arcrun" else torchrun(2, "-m", "arc_dist", "no/such.py")
+    result = run_job(argv)
+    assert result.exit_code == (78 if launcher == "arcrun" else 1), str(result)
+    assert len(re.findall(r"the script no/such.py .*does not exist", result.stderr)) == 1
+    assert result.seconds < 30
+
+
+@pytest.mark.slow
+def test_a_killed_supervisor_is_infrastructure(tmp_path: Path) -> None:
+    path = script(
+        tmp_path,
+        "stat = open(f'/proc/{os.getppid()}/stat').read()",
+        "supervisor = int(stat.rpartition(')')[2].split()[1])",
+        "os.kill(supervisor, signal.SIGKILL) if rank == 1 else time.sleep(60)",
+    )
+    result = run_job(command(*LIGHT, path))
+    assert result.exit_code in (76, 143), str(result)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_as_under_torchrun(tmp_path: Path) -> None:
+    path = script(tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}'), 'w')", "time.sleep(60)")
+    with Job(command(*LIGHT, path)) as job:
+        job.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
+        job.process.send_signal(signal.SIGINT)
+        result = job.wait(45)
+        assert job.pids() == []
+    assert result.exit_code == 130, str(result)
+    assert result.stderr.count("KeyboardInterrupt") == 2
+
+
+@pytest.mark.slow
+def test_sigterm_of_guards_that_save_their_state_is_a_preemption(tmp_path: Path) -> None:
+    path = script(
+        tmp_path,
+        "def save(*_): sys.exit(75)",
+        "signal.signal(signal.SIGTERM, save)",
+        f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}'), 'w')",
+        "time.sleep(60)",
+    )
+    with Job(command(*LIGHT, path)) as job:
+        job.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
+        job.process.send_signal(signal.SIGTERM)
+        result = job.wait(45)
+        assert job.pids() == []
+    assert result.exit_code == 75, str(result)
+
+
+@pytest.mark.slow
+def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: Path) -> None:
+    path = script(
+        tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}-{{os.getppid()}}'), 'w')", "time.sleep(60)"
+    )
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    argv = [sys.executable, "-m", "arc_dist", "--no-preload", "--no-guard", path]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env["MASTER_PORT"] = str(probe.getsockname()[1])
+    with Job(argv, env={**env, "RANK": "0"}) as first, Job(argv, env={**env, "RANK": "1"}) as second:
+        first.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
+        second.process.send_signal(signal.SIGTERM)
+        told, other = second.wait(30), first.wait(30)
+    assert told.exit_code == -signal.SIGTERM, str(told)
+    assert other.exit_code == 75, str(other)
+
+
+def test_help_and_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as help_end:
+        arcrun.run(["--help"])
+    assert help_end.value.code == 0
+    text = capsys.readouterr().out
+    assert "--arc-store" in text
+    assert "--nproc-per-node" in text
+    for wrong in (["--no-such-option", "x.py"], [], ["--no-python", "x.py"]):
+        with pytest.raises(SystemExit) as end:
+            arcrun.run(wrong)
+        assert end.value.code == 78
+
+
+def test_options_stand_for_variables() -> None:
+    options = parse(["--store=s3://b/x", "--max-restarts", "4", "-m", "train", "--store", "mine"])
+    assert options.environ == {"ARC_STORE": "s3://b/x", "ARC_MAX_RESTARTS": "4"}
+    assert options.target.name == "train"
+    assert options.target.is_module
+    assert options.target.args == ("--store", "mine")
+
+
+@pytest.mark.parametrize(
+    ("returncodes", "worker", "signal_number", "expected"),
+    [
+        ([3, -15], 3, None, 3),
+        ([77, 77], 77, None, 77),
+        ([0, 0, 1], 1, None, 1),
+        ([], -9, None, 76),
+        ([-15], -9, None, 143),
+        ([75, 75], None, 15, 75),
+        ([0, 75], None, 15, 75),
+        ([-15, -15], None, 15, 143),
+        ([], None, 2, 130),
+        ([0, 0], None, 15, 143),
+    ],
+)
+def test_the_jobs_exit_code(
+    returncodes: list[int], worker: int | None, signal_number: int | None, expected: int
+) -> None:
+    assert endings.job_exit_code(returncodes, worker_exit_code=worker, signal_number=signal_number) == expected
+
+
+def test_endings_are_read_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    assert endings.verdict(str(tmp_path)) is None
+    endings.leave(str(tmp_path), "1", 75)
+    assert endings.verdict(str(tmp_path)) is None
+    endings.leave(str(tmp_path), "0", 3)
+    assert endings.read(tmp_path) == [75, 3]
+    assert endings.verdict(str(tmp_path)) == 3
+    assert endings.verdict(str(tmp_path / "gone")) is None
+    assert os.listdir(tmp_path) != []
