@@ -79,6 +79,8 @@ class Arc:
         if unknown:
             raise ConfigError(f"Arc() has no setting {', '.join(unknown)}. Known settings: {', '.join(sorted(known))}.")
         env = Env.read()
+        if not _by_name(optimizer):
+            raise ConfigError("Arc() was given no optimizer. Give the one that trains the model's parameters.")
         self._state = TrainingState(
             models=_by_name(model),
             optimizers=_by_name(optimizer),

@@ -147,15 +147,9 @@ def _from_memory(engine: Engine, plan: dict[str, Any]) -> Found:
 
 def _from_store(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]) -> Found | None:
     """Newest first; rank 0's listing is everyone's."""
-    mine: list[tuple[int, int]] = []
-    if engine.rank == 0:
-        mine = [
-            (info.step, info.world_size)
-            for info in store.steps()
-            if info.certified and not any(entry["from_step"] <= info.step <= entry["to_step"] for entry in poisoned)
-        ]
-    listed = engine.voter.gather(mine, step=0)[0]
-    if not listed:
+    listed, damaged = agree(engine.voter, lambda: _listing(engine, store, poisoned), "the store cannot be listed")
+    listed, damaged = engine.voter.gather([listed, damaged], step=0)[0]
+    if not listed and not damaged:
         return None
     for step, world_size in sorted(listed, reverse=True):
         if world_size != engine.world_size:
@@ -170,16 +164,46 @@ def _from_store(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]
         if found is not None:
             return found
     raise StoreCorrupt(
-        f"none of the {len(listed)} committed checkpoints in {store.url} can be read whole. Run `arc verify "
+        f"none of the {len(listed) + len(damaged)} committed checkpoints in {store.url} can be read whole. Run `arc verify "
         f"{store.url}` to see what is damaged, or give a new run name (Arc(run=...)) to start afresh."
     )
+
+
+def _listing(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]) -> tuple[list[Any], list[int]]:
+    """(step, world size) of what may be restored, and the steps whose manifest is damaged. Rank 0 looks for all."""
+    if engine.rank != 0:
+        return [], []
+    infos = store.steps(include_damaged=True)
+    for info in infos:
+        if info.newer_format:
+            raise CheckpointMismatch(str(info.problem), step=info.step)
+    for info in infos:
+        if info.problem is not None:
+            engine.record(
+                kind="restore_refused",
+                cause=f"the manifest of step {info.step}: {info.problem}",
+                ranks=[],
+                generation=engine.env.generation,
+                seen_by="digest",
+                seen_after="before use",
+                action="next older state",
+            )
+    usable = [
+        [info.step, info.world_size]
+        for info in infos
+        if info.problem is None
+        and info.certified
+        and not any(entry["from_step"] <= info.step <= entry["to_step"] for entry in poisoned)
+    ]
+    return usable, [info.step for info in infos if info.problem is not None]
 
 
 def _read(engine: Engine, store: Store, step: int) -> Found:
     """This rank's part of a checkpoint, verified, in new tensors."""
     checkpoint = store.open(step)
     live = {spec.name: spec for spec in engine.state.tensors()[0] if spec.name.startswith("model.")}
-    checkpoint.check_specs(live.values())
+    others = [spec for name, spec in checkpoint.specs().items() if not name.startswith("model.")]
+    checkpoint.check_specs([*live.values(), *others], all_names=True)
     wanted = [live.get(name) or _like_its_parameter(spec, live) for name, spec in checkpoint.specs().items()]
     tensors = checkpoint.read(wanted)
     return Found(step, "checkpoint", wanted, tensors, decode(checkpoint.objects(engine.rank)))

@@ -1,8 +1,9 @@
-"""A script that knows nothing of arc: trains, and is hurt once. Prints what it ends with. Arguments: KIND FAULT."""
+"""A script that knows nothing of arc: trains, is hurt once, writes what it ends with. Arguments: KIND FAULT DIRECTORY."""
 
 import json
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-kind, fault = sys.argv[1:3]
+kind, fault, directory = sys.argv[1:4]
 if kind != "single":
     dist.init_process_group("gloo")
 rank = dist.get_rank() if dist.is_initialized() else 0
@@ -48,7 +49,8 @@ for step in range(40):
         fired += 1
     trace.append([local(p).double().sum().item() for p in model.parameters()])
 finite = all(bool(torch.isfinite(local(p)).all()) for p in model.parameters())
-print("RESULT", json.dumps({"rank": rank, "fired": fired, "finite": finite, "last": trace[-1], "loss": loss.item()}))
-sys.stdout.flush()
+result = {"rank": rank, "fired": fired, "finite": finite, "last": trace[-1], "loss": loss.item()}
+Path(directory, f"{rank}.json").write_text(json.dumps(result))
 if dist.is_initialized():
+    dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,107 @@
+"""Killed and restarted runs end bitwise like the undisturbed one: memory, survivors, store; DDP and FSDP2; 2 and 4 ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run_job, run_ranks, torchrun
+from toy import Toy, plain
+
+SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
+
+
+def plain_body(rank, world_size, toy):
+    return plain(toy)[0]
+
+
+def undisturbed(toy, world_size):
+    return [plain(toy)[0]] if toy.kind == "single" else run_ranks(world_size, plain_body, toy)
+
+
+def job(tmp_path, toy, world_size, *, supervised=True, code=0, **config):
+    """Runs the toy as a job; returns each rank's result and the job's output."""
+    argument = json.dumps({"toy": dataclasses.asdict(toy), "out": str(tmp_path), **config})
+    wrapper = ["-m", "arc_dist", SCRIPT] if supervised else [SCRIPT]
+    if toy.kind == "single":
+        command = [sys.executable, *wrapper, argument]
+    else:
+        command = torchrun(world_size, *wrapper, argument)
+    env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
+    done = run_job(command, env=env, timeout_s=100)
+    output = done.stdout + done.stderr
+    assert done.exit_code == code, output
+    files = [tmp_path / f"result-{rank}.json" for rank in range(world_size)]
+    return [json.loads(file.read_text()) for file in files if file.exists()], output
+
+
+def assert_fired(tmp_path, kills):
+    for rank, steps in kills.items():
+        for step in steps:
+            assert (tmp_path / f"killed-{rank}-{step}").exists(), f"the kill of rank {rank} at step {step} did not fire"
+
+
+def random_kills(seed, world_size, steps):
+    rng = random.Random(seed)
+    return {str(rng.randrange(world_size)): [rng.randrange(2, steps)] for _ in range(rng.choice([1, 1, 2]))}
+
+
+CASES = [
+    *[("ddp", 2, seed) for seed in range(6)],
+    *[("fsdp", 2, seed) for seed in range(5)],
+    *[("ddp", 4, seed) for seed in range(5)],
+    *[("fsdp", 4, seed) for seed in range(2)],
+    *[("single", 1, seed) for seed in range(2)],
+]
+
+
+@pytest.mark.parametrize(("kind", "world_size", "seed"), CASES)
+def test_kills_at_random_steps_change_no_bit(tmp_path, kind, world_size, seed):
+    toy = Toy(kind=kind, steps=20, batch_norm=kind == "ddp" and seed % 2 == 1, workers=2 if seed == 3 else 0)
+    kills = random_kills(seed, world_size, toy.steps)
+    where = "body" if seed == 4 else "loss"
+    results, output = job(tmp_path, toy, world_size, kills=kills, where=where)
+    assert_fired(tmp_path, kills)
+    assert [result["digest"] for result in results] == undisturbed(toy, world_size), output
+
+
+def test_a_survivor_stands_in_so_that_no_step_is_lost(tmp_path):
+    toy = Toy(kind="ddp", steps=20)
+    kills = {"1": [13]}
+    results, output = job(tmp_path, toy, 2, kills=kills, settings={"snapshot_every": 50})
+    assert_fired(tmp_path, kills)
+    assert results[0]["steps"][0] == [13, "apply", False], output
+    assert [result["digest"] for result in results] == undisturbed(toy, 2)
+
+
+def test_every_rank_at_once(tmp_path):
+    toy = Toy(kind="ddp", steps=20)
+    kills = {"0": [13], "1": [13]}
+    results, output = job(tmp_path, toy, 2, kills=kills)
+    assert_fired(tmp_path, kills)
+    assert results[0]["steps"][0][0] == 11, output  # the snapshot of step 10 was the newest that all ranks held
+    assert [result["digest"] for result in results] == undisturbed(toy, 2)
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4)])
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_job_that_was_ended_continues_from_its_store_in_mid_epoch(tmp_path, kind, world_size, supervised):
+    toy = Toy(kind=kind, steps=24)
+    store = str(tmp_path / "store")
+    settings = {"checkpoint_every": 8, "snapshot_every": 4}
+    first = dataclasses.replace(toy, steps=13)
+    job(tmp_path, first, world_size, supervised=supervised, store=store, settings=settings)
+    results, output = job(tmp_path, toy, world_size, supervised=supervised, store=store, settings=settings)
+    assert results[0]["steps"][0][0] == 14, output
+    assert [result["digest"] for result in results] == undisturbed(toy, world_size), output
+
+
+def test_a_bug_in_the_script_is_not_retried_for_ever(tmp_path):
+    toy = Toy(kind="ddp", steps=20)
+    results, output = job(tmp_path, toy, 2, raises={"1": 9}, code=1)
+    assert results == []
+    assert 1 <= output.count("the script's own bug at step 9\n") <= 4, output

@@ -1,0 +1,45 @@
+"""A script that knows nothing of us is guarded by the launcher alone: probe, vote, skip or roll back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run_job, torchrun
+
+SCRIPT = str(Path(__file__).parent / "scripts" / "unguarded_faults.py")
+
+
+def run(kind, fault, tmp_path, *, guarded=True):
+    out = tmp_path / ("guarded" if guarded else "alone")
+    out.mkdir()
+    wrapper = ["-m", "arc_dist", SCRIPT] if guarded else [SCRIPT]
+    command = [sys.executable, *wrapper] if kind == "single" else torchrun(2, *wrapper)
+    env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
+    done = run_job([*command, kind, fault, str(out)], env=env, timeout_s=80)
+    assert done.exit_code == 0, str(done)
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    assert sum(result["fired"] for result in results) == (fault != "none")
+    return results, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", ["nan-data", "inf-weight"])
+@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
+def test_the_fault_kills_the_script_alone_and_not_with_us(tmp_path, kind, fault):
+    hurt, _ = run(kind, fault, tmp_path, guarded=False)
+    assert not any(result["finite"] for result in hurt[:1]), "the fault must really hurt the unguarded script"
+    healed, output = run(kind, fault, tmp_path)
+    assert all(result["finite"] for result in healed), output
+    assert ("SKIP" if fault == "nan-data" else "ROLLBACK") in output
+    if kind == "ddp":
+        assert healed[0]["last"] == healed[1]["last"]
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp"])
+def test_without_a_fault_the_result_is_the_same(tmp_path, kind):
+    alone, _ = run(kind, "none", tmp_path, guarded=False)
+    guarded, output = run(kind, "none", tmp_path)
+    assert guarded == alone
+    assert "SKIP" not in output
