@@ -28,7 +28,7 @@ _REPORT_EVERY_S = 10.0
 _REMEDIES = (
     "Make the loader give the same batches again: its content and order may depend on the random generators of "
     "python, numpy and torch (they are restored), but not on time, on the order of a set, on generators seeded from "
-    "the system, or on what earlier batches left behind. A seeded sampler (arc_dist.data.sampler.SeededSampler), "
+    "the system, or on what earlier batches left behind. A seeded sampler (arc_dist.SeededSampler), "
     "torchdata's StatefulDataLoader, or persistent_workers=False help; docs/data.md has the list, and says how to go "
     "on inexactly."
 )
@@ -41,6 +41,7 @@ class Found:
     iterator: Iterator[Any]
     witness: Witness | None
     way: str
+    last: Any  # the batch loaded last, some batch before the position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +144,15 @@ def _attempt(view: LoaderView, position: Position, way: str) -> Found | Differen
     else:
         iterator, witness = view.iterate()
         indices = range(position.index)
-    difference = _advance(iterator, indices, checks, position, way)
-    return difference if difference is not None else Found(iterator, witness, way)
+    last = _advance(iterator, indices, checks, position, way)
+    return last if isinstance(last, Difference) else Found(iterator, witness, way, last)
 
 
 def _advance(
     iterator: Iterator[Any], indices: Iterable[int], checks: dict[int, Check], position: Position, way: str
-) -> Difference | None:
+) -> Any:
+    """Loads the batches at `indices`, compares those with a check, and returns the last one or the difference."""
+    batch = None
     began = reported = time.monotonic()
     for index in indices:
         check = checks.get(index)
@@ -169,4 +172,4 @@ def _advance(
         if now - reported >= _REPORT_EVERY_S:
             reported = now
             logger.info("data: loading again: batch %d of %d after %.0f s", index + 1, position.index, now - began)
-    return None
+    return batch

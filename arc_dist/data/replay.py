@@ -17,6 +17,7 @@ from arc_dist.snapshot.rng import RngState, pack_rng
 
 _MAX_DEPTH = 8
 _MAX_ANCHORS = 8
+_MAX_CHECKABLE = 16  # entries that keep the random state before their fetch: 5 kB each, and fresh memory is slow
 
 
 @dataclasses.dataclass
@@ -56,7 +57,7 @@ class Epoch:
 class Entry:
     """A batch that was given: its place, its content, and the random states around its fetch."""
 
-    __slots__ = ("_content", "_tensors", "after", "before", "epoch", "index", "nbytes", "ordinal")
+    __slots__ = ("_content", "_is_checkable", "_tensors", "after", "before", "epoch", "index", "nbytes", "ordinal")
 
     def __init__(
         self, *, ordinal: int, epoch: Epoch, index: int, data: Any, before: RngState | None, after: RngState | None
@@ -67,6 +68,7 @@ class Entry:
         self.index = index
         self.before = before
         self.after = after
+        self._is_checkable = True
         self._content = _copy_containers(data, tensors, 0)
         # A tensor's version grows with every in-place change; inference tensors have none.
         self._tensors = [(t, -1 if t.is_inference() else t._version) for t in tensors]
@@ -82,9 +84,14 @@ class Entry:
         """The batch, in containers of its own: taking an entry out of a dict does not change what is kept."""
         return _copy_containers(self._content, [], 0)
 
+    def forget_before(self) -> None:
+        """Lets go of the random state before the fetch, without which the batch is no check any more."""
+        self._is_checkable = False
+        self.before = None
+
     def check(self) -> Check | None:
-        """How to recognise this batch; None when it has been changed in place since it was given."""
-        if not self.is_intact:
+        """How to recognise this batch; None when it was changed in place, or is not among the newest."""
+        if not self._is_checkable or not self.is_intact:
             return None
         before = None
         if self.before is not None and self.after is not None:
@@ -144,6 +151,8 @@ class ReplayBuffer:
     def append(self, entry: Entry) -> None:
         entries = self._entries
         entries.append(entry)
+        if len(entries) > _MAX_CHECKABLE:
+            entries[-1 - _MAX_CHECKABLE].forget_before()
         self._nbytes += entry.nbytes
         while len(entries) > self._capacity or (self._nbytes > self._max_nbytes and len(entries) > 1):
             self._nbytes -= entries.popleft().nbytes

@@ -49,6 +49,10 @@ class BatchSource:
             if fetching draws no random numbers in this process.
         exact: refuse to resume where the same batches cannot be had; else warn and go on at the same place.
 
+    Attributes:
+        sample: between `resume` in mid-epoch and `next`, one of the batches before the position: for a throw-away
+            forward pass, which fetching the next batch would not do, because fetching may draw random numbers.
+
     Raises:
         ConfigError: an argument is out of range, or the loader is none.
     """
@@ -85,6 +89,7 @@ class BatchSource:
         self._cursor = 0
         self._counted = 0  # batches before the cursor that were given and not skipped
         self._step_began = 0
+        self.sample: Any = None
         self._here: Position | None = None  # a position that was gone to, when the batch before it is not held
 
     # ------------------------------------------------------------------ going through the data
@@ -114,6 +119,7 @@ class BatchSource:
                 if entry.after is not None:
                     restore_rng(entry.after)
             else:
+                self.sample = None
                 entry, data = self._fetch()
             self._cursor = ordinal + 1
             # A skipped batch is fetched all the same: its draws belong to the sequence, also after a restart.
@@ -182,6 +188,7 @@ class BatchSource:
         if self._index > 0:
             rng = capture_rng()
             self._go_to(self._position(self._live))
+            self.sample = None
             restore_rng(rng)
             return
         view = self._view
@@ -262,9 +269,10 @@ class BatchSource:
             return self._position_after(entry)
         if self._here is not None and self._here.ordinal == ordinal:
             return dataclasses.replace(self._here, skipped=self.skipped())
-        if ordinal == 0 and self._live == 0:
+        first = self._buffer.get(0)
+        if ordinal == 0 and (first is not None or self._live == 0):
             return Position(
-                generators=self._view.generator_states(),
+                generators=first.epoch.generators if first is not None else self._view.generator_states(),
                 length=self._length,
                 batch_size=self._view.batch_size,
                 skipped=self.skipped(),
@@ -347,6 +355,7 @@ class BatchSource:
         self._iterator = None  # ends its workers before others are started
         found = fast_forward(self._view, target, exact=self._exact)
         self._iterator = found.iterator
+        self.sample = found.last
         checks = {check.index: check for check in target.checks}
         last = max(checks) if checks else 0
         self._epoch = Epoch(
