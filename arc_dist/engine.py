@@ -168,7 +168,6 @@ class Engine:
                 restore.agree(self.voter, lambda: data.resume(found.small["data"]), "the data cannot be resumed")
                 if warm_up is not None and self._needs_warm_up(found.step):
                     warm_up()
-                    data.rewind(found.small["data"])
             self.guard.load(found.specs, found.tensors, found.small, cold=True)
             if found.tier == "memory":
                 self.ring.drop_after(found.step)

@@ -112,9 +112,12 @@ class GuardedLoop:
                 yield result
 
     def warm_up(self) -> None:
-        """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`."""
+        """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`.
+
+        On a batch before the position: fetching the next one might draw random numbers, which are not restored yet.
+        """
         with self._sync.micro_batch(last=True):
-            self._loss_fn(self._source.next().data).backward()
+            self._loss_fn(self._source.sample).backward()
         self._zero_grad()
 
     # ------------------------------------------------------------------ one step
