@@ -33,6 +33,7 @@ from arc_dist.protocol.events import (
     Settled,
     StateMatters,
     Tick,
+    WentBack,
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase
@@ -63,6 +64,7 @@ class Supervisor:
     ring: dict[int, tuple[Holding, History]] = dataclasses.field(default_factory=dict)
     following: str = ""
     answer: tuple[generations.Directive, Plan | None] | None = None  # on its way back from the coordinator
+    is_ready: bool = False
     over: bool = False
 
     @property
@@ -110,9 +112,9 @@ class Model:
         self.counts: dict[str, int] = {}
         # What is true, whatever anybody believes.
         self.plans: dict[int, Plan] = {}
+        self.restored: dict[int, History] = {}
         self.lost_tokens: set[int] = set()
         self.poisoned_tokens: set[int] = set()
-        self.contents: dict[tuple[int, int], History] = {}  # of what shards were written, by (step, generation)
         self.manifests: dict[tuple[int, int], History] = {}
         self.certified: set[History] = set()
         self.judged_generations = 0
@@ -155,6 +157,11 @@ class Model:
             del self.network[index]
         if kind == "event":
             self._apply(message)
+        elif kind == "ready":
+            pid, ready = message
+            member = self.job.members.get(ready.rank)
+            if member is None or member.pid == pid:  # else the service refuses the sender
+                self._apply(ready)
         else:
             self._take_shard(message)
 
@@ -178,6 +185,9 @@ class Model:
                 self._check_nobody_runs(action.generation + 1, "S13: a generation is over")
             elif isinstance(action, JobOver):
                 self.saves = commits.open_for(self.saves, None)
+                running = [s.rank for s in self.supervisors if s.trainer is None or not s.trainer.finished]
+                if action.stop is None and running:
+                    raise Violation(f"S1: the job is done, and ranks {running} have not finished")
         if event.__class__ in (Ready, Died, Finished) and event.generation < before.generation and self.job != before:
             raise Violation(f"S7: {event} changed {before.phase} {before.generation}")
 
@@ -195,7 +205,11 @@ class Model:
         if key in self.manifests and not self.counts.get("restart"):
             raise Violation(f"S5: a second manifest for step {shard.step} of generation {shard.generation}")
         # After a restart of the coordinator the store, whose manifests are exclusive, is what remembers.
-        if self.manifests.setdefault(key, self.contents[key]) != self.contents[key]:
+        written = {part["history"] for part in offered.commit.parts.values()}
+        if len(written) != 1:
+            raise Violation(f"S5: step {shard.step} is put together from different states: {written}")
+        (history,) = written
+        if self.manifests.setdefault(key, history) != history:
             raise Violation(f"S5: another manifest for step {shard.step} of generation {shard.generation}")
         self._apply(Committing(step=shard.step))
         self.saves = commits.settle(self.saves, shard.step, shard.generation, None)
@@ -212,8 +226,8 @@ class Model:
         self.plans[plan.generation] = plan
         self._check_nobody_runs(plan.generation, "S13: a generation starts")
         history = self._restored(plan)
-        if plan.generation > 0 and plan.tier is not Tier.NONE:
-            if plan.step != len(history):
+        if history:
+            if plan.step not in (None, len(history)):
                 raise Violation(f"S3: step {plan.step} restores {len(history)} steps")
             if history not in self.certified:
                 raise Violation(f"S9: step {plan.step} was never trusted")
@@ -221,20 +235,19 @@ class Model:
             raise Violation(f"S8: an abandoned history returned with step {plan.step}")
         if self.poisoned_tokens & set(history):
             raise Violation(f"S8: a poisoned step returned with step {plan.step}")
-        self._check_newest(plan)
+        self._check_newest(plan, history)
+        self.restored[plan.generation] = history
         everything = set(range(self.next_token))
         self.lost_tokens |= everything - set(history)
 
     def _restored(self, plan: Plan) -> History:
         """The state that all ranks will have; one and the same, or there is a violation."""
         if plan.tier is Tier.NONE:
-            return ()
+            return self._found_in_store(plan)
         if plan.tier is Tier.CHECKPOINT:
-            candidates = {h for (step, _), h in self.manifests.items() if step == plan.step}
-            usable = [h for h in candidates if not (set(h) & (self.lost_tokens | self.poisoned_tokens))]
-            if not usable:
-                raise Violation(f"S3: there is no usable manifest of step {plan.step}")
-            return usable[0]
+            if (plan.step, plan.saved_by) not in self.manifests:
+                raise Violation(f"S3: there is no manifest of step {plan.step} by generation {plan.saved_by}")
+            return self.manifests[plan.step, plan.saved_by]
         states: set[History] = set()
         for rank, source in plan.sources.items():
             holder = self.supervisors[source.rank]
@@ -247,7 +260,12 @@ class Model:
             raise Violation(f"S3: step {plan.step} is not one state on all ranks: {states}")
         return states.pop()
 
-    def _check_newest(self, plan: Plan) -> None:
+    def _found_in_store(self, plan: Plan) -> History:
+        """What trainers find without a step in their plan: the newest in the store that is not poisoned, or nothing."""
+        usable = [key for key in self.manifests if not any(poison.covers(*key) for poison in plan.poisoned)]
+        return self.manifests[max(usable)] if usable else ()
+
+    def _check_newest(self, plan: Plan, history: History) -> None:
         """S4 by brute force: no newer state is trusted, in order, and held by all.
 
         Poison speaks of step numbers and a generation, and so also covers what that generation trained anew; that much
@@ -266,8 +284,8 @@ class Model:
         ]
         whole = set.union(*per_rank) if self.options.replicated else set.intersection(*per_rank)
         newest = max((len(history) for history in whole), default=0)
-        if newest > (plan.step or 0):
-            raise Violation(f"S4: step {newest} is whole, the plan takes {plan.step}")
+        if newest > len(history):
+            raise Violation(f"S4: step {newest} is whole, with plan {plan.tier.value} the ranks take {len(history)}")
 
     def _check_nobody_runs(self, generation: int, when: str) -> None:
         for supervisor in self.supervisors:
@@ -280,17 +298,23 @@ class Model:
         member = Member(host="h", pid=supervisor.pid, shm_dir=f"/shm/{supervisor.pid}")
         self._apply(Joined(rank=supervisor.rank, member=member))  # a call: its answer says what to be ready for
         supervisor.asked = self.job.awaited
-        self._say_ready(supervisor)
 
     def _say_ready(self, supervisor: Supervisor) -> None:
+        supervisor.is_ready = True
         inventory = Inventory(
             host="h", shm_dir=f"/shm/{supervisor.pid}", holdings=tuple(h for h, _ in supervisor.ring.values())
         )
         supervisor.following = ""
-        self._apply(Ready(rank=supervisor.rank, generation=supervisor.asked, inventory=inventory))
+        ready = Ready(rank=supervisor.rank, generation=supervisor.asked, inventory=inventory)
+        self._apply(ready)
+        if self.random.random() < self.options.duplicate:
+            self._send("ready", (supervisor.pid, ready))
 
     def _supervise(self, supervisor: Supervisor) -> None:
         if supervisor.over:
+            return
+        if not supervisor.is_ready:
+            self._say_ready(supervisor)
             return
         if supervisor.answer is None:
             if generations.is_behind(self.job, supervisor.asked):
@@ -310,7 +334,7 @@ class Model:
             self._part(supervisor)
             supervisor.trainer = None
             supervisor.asked = told.generation + 1
-            self._say_ready(supervisor)
+            supervisor.is_ready = False
         else:
             supervisor.trainer = None if told.order is Order.STOP else supervisor.trainer
             supervisor.over = True
@@ -331,15 +355,12 @@ class Model:
                 self._send("event", Died(generation=generation, death=death))
                 return
         else:
-            history = self._restored_by(plan)
-        supervisor.ring = {k: v for k, v in supervisor.ring.items() if len(v[1]) <= len(history)}
+            history = self.restored[generation]
+        if self.random.random() < 0.5:  # else it does not come to clearing its memory of what was abandoned
+            supervisor.ring = {k: v for k, v in supervisor.ring.items() if len(v[1]) <= len(history)}
         supervisor.trainer = Trainer(generation=generation, history=history)
-
-    def _restored_by(self, plan: Plan) -> History:
-        if plan.tier is Tier.NONE:
-            return ()
-        histories = [h for (step, _), h in self.manifests.items() if step == plan.step]
-        return next(h for h in histories if not set(h) & self.poisoned_tokens)
+        if plan.tier is Tier.NONE and history:
+            self._send("event", WentBack(rank=supervisor.rank, generation=generation, step=len(history)))
 
     def _part(self, supervisor: Supervisor) -> None:
         """A survivor saves its last step before it goes."""
@@ -385,9 +406,12 @@ class Model:
             ):
                 supervisor.ring[slot] = (dataclasses.replace(holding, certified=True), history)
                 self.certified.add(history)
-                self.contents[(holding.step, trainer.generation)] = history
                 shard = Shard(
-                    rank=supervisor.rank, generation=trainer.generation, step=holding.step, url="store", part={}
+                    rank=supervisor.rank,
+                    generation=trainer.generation,
+                    step=holding.step,
+                    url="store",
+                    part={"history": history},
                 )
                 self._send("shard", shard)
 

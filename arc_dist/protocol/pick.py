@@ -65,9 +65,9 @@ class Holding:
         return self.certified or self.parting
 
     @property
-    def preference(self) -> tuple[int, bool, int]:
-        """Larger is better, among a rank's trusted copies of one step."""
-        return (self.generation, self.certified, -self.slot)
+    def preference(self) -> tuple[bool, int, bool, int]:
+        """Larger is better, among a rank's trusted copies of one step: all are the same state, some help peers too."""
+        return (self.replicated, self.generation, self.certified, -self.slot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,19 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every rank of `generation` restores; the same for all of them."""
+    """What every rank of `generation` restores; the same for all of them.
+
+    Attributes:
+        generation: the one that acts on it.
+        step: what it restores; None for a fresh start.
+        tier: from where.
+        reason: why this step.
+        sources: for each rank where its snapshot is; for tier `MEMORY`.
+        url: the store, for tier `CHECKPOINT`.
+        saved_by: the generation that saved the checkpoint, where the store told: a step may have been saved twice.
+        refused: newer steps, and why they were not taken.
+        poisoned: what a trainer that looks into a store by itself must not take.
+    """
 
     generation: int
     step: int | None
@@ -187,6 +199,7 @@ class Plan:
     reason: str
     sources: Mapping[int, Source] = dataclasses.field(default_factory=dict[int, Source])
     url: str | None = None
+    saved_by: int | None = None
     refused: tuple[Refusal, ...] = ()
     poisoned: tuple[Poison, ...] = ()
 
@@ -200,6 +213,7 @@ class Plan:
             "reason": self.reason,
             "sources": {str(rank): dataclasses.asdict(source) for rank, source in sorted(self.sources.items())},
             "url": self.url,
+            "saved_by": self.saved_by,
             "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
             "poisoned": [dataclasses.asdict(poison) for poison in self.poisoned],
         }
@@ -215,6 +229,7 @@ class Plan:
             reason=fields["reason"],
             sources={int(rank): Source(**source) for rank, source in fields["sources"].items()},
             url=fields["url"],
+            saved_by=fields["saved_by"],
             refused=tuple(Refusal(**refusal) for refusal in fields["refused"]),
             poisoned=tuple(Poison(**poison) for poison in fields["poisoned"]),
         )
@@ -249,29 +264,31 @@ def pick(generation: int, inventories: Mapping[int, Inventory], known: Known) ->
 
     if step is not None:
         borrowed = [rank for rank, source in sources.items() if source.rank != rank]
-        tier, url, reason = Tier.MEMORY, None, f"step {step} is the newest that all ranks have in memory"
+        tier, reason = Tier.MEMORY, f"step {step} is the newest that all ranks have in memory"
         if borrowed:
             reason += f" ({_ranks(borrowed)} from a peer)"
     elif on_disk is not None:
-        step, url, tier = on_disk.step, on_disk.url, Tier.CHECKPOINT
+        step, tier = on_disk.step, Tier.CHECKPOINT
         reason = f"step {step} is the newest committed checkpoint, and memory has nothing newer that is whole"
     else:
-        url, tier, reason = None, Tier.NONE, "no step is whole in memory and no committed checkpoint is known"
+        tier, reason = Tier.NONE, "no step is whole in memory and no committed checkpoint is known"
     newer = sorted({r for r in refused if step is None or r.step > step}, key=lambda r: (-r.step, r.reason))
+    from_disk = on_disk if tier is Tier.CHECKPOINT else None
     return Plan(
         generation=generation,
         step=step,
         tier=tier,
         reason=reason,
         sources=sources,
-        url=url,
+        url=from_disk.url if from_disk else None,
+        saved_by=from_disk.generation if from_disk else None,
         refused=tuple(newer[:_MAX_REFUSALS]),
         poisoned=known.poison,
     )
 
 
 def _best_committed(known: Known, refused: list[Refusal]) -> Committed | None:
-    """The newest usable checkpoint; of several stores the one whose URL sorts first, so that the answer is one."""
+    """The newest usable checkpoint."""
     best: Committed | None = None
     for entry in known.committed:
         why_not = known.refusal(entry.step, entry.generation, in_memory=False)
@@ -279,9 +296,14 @@ def _best_committed(known: Known, refused: list[Refusal]) -> Committed | None:
             why_not = "not certified"
         if why_not is not None:
             refused.append(Refusal(step=entry.step, reason=f"checkpoint {why_not}"))
-        elif best is None or (-entry.step, entry.url) < (-best.step, best.url):
+        elif best is None or _order(entry) < _order(best):
             best = entry
     return best
+
+
+def _order(entry: Committed) -> tuple[int, int, str]:
+    """The best first: the newest step, saved last, in the store whose URL sorts first, so that the answer is one."""
+    return (-entry.step, -1 if entry.generation is None else -entry.generation, entry.url)
 
 
 def _trusted_in_memory(

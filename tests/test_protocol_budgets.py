@@ -1,0 +1,133 @@
+"""Who is blamed, and when a job is not tried again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from arc_dist.errors import ExitCode
+from arc_dist.protocol.budgets import BudgetPolicy, Cause, CauseKind, Death, Ended, Ledger, judge, root_of
+
+KILLED = Cause(kind=CauseKind.SIGNAL, signal=9)
+BUG = Cause(kind=CauseKind.EXCEPTION, exit_code=1, exception_type="ValueError", message="shapes differ")
+ECHO = Cause(kind=CauseKind.EXCEPTION, exit_code=1, exception_type="RuntimeError", message="Connection closed by peer")
+POLICY = BudgetPolicy(max_restarts=5, max_fruitless=3)
+
+
+def ended(*deaths: Death, reached: int = 10, first: bool = False, preempted: bool = False) -> Ended:
+    return Ended(first=first, deaths=deaths, reached=reached, preempted=preempted)
+
+
+def death(cause: Cause, rank: int = 0, step: int | None = 10) -> Death:
+    return Death(rank=rank, cause=cause, step=step)
+
+
+def test_an_echo_is_never_the_root_whatever_came_first():
+    assert root_of([death(ECHO, 0), death(KILLED, 1)]).rank == 1
+    assert root_of([death(KILLED, 1), death(ECHO, 0)]).rank == 1
+    assert root_of([death(ECHO, 2), death(ECHO, 0)]).rank == 2
+    assert root_of([death(BUG, 2), death(KILLED, 0)]).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("torch.distributed.DistBackendError", "NCCL error: remote process exited"),
+        ("PeerLost", "rank 1 did not answer"),
+        ("RuntimeError", "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        ("BrokenPipeError", "[Errno 32]"),
+    ],
+)
+def test_what_torch_says_of_a_lost_peer_is_an_echo(kind: str, message: str):
+    assert Cause(kind=CauseKind.EXCEPTION, exception_type=kind, message=message).is_echo
+    assert not Cause(kind=CauseKind.EXIT, exit_code=1, message=message).is_echo
+    assert not BUG.is_echo
+
+
+@pytest.mark.parametrize("code", [ExitCode.PREEMPTED, ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION])
+def test_what_a_process_asks_for_is_done(code: ExitCode):
+    asked = replace(BUG, kind=CauseKind.EXIT, exit_code=int(code))
+    _, judgement = judge(POLICY, Ledger(), ended(death(ECHO, 1), death(asked)))
+    assert judgement.stop_code == code
+    assert judgement.root.rank == 0
+
+
+def test_a_bug_before_the_first_step_of_the_job_is_not_tried_again():
+    _, judgement = judge(POLICY, Ledger(), ended(death(BUG, step=0), reached=0, first=True))
+    assert judgement.stop_code == 1
+    exited = Cause(kind=CauseKind.EXIT, exit_code=3)
+    _, judgement = judge(POLICY, Ledger(), ended(death(exited, step=None), reached=0, first=True))
+    assert judgement.stop_code == 3
+    # Not before the first step of a later generation, and not when a peer was killed.
+    assert judge(POLICY, Ledger(), ended(death(BUG, step=0), reached=0))[1].stop_code is None
+    assert judge(POLICY, Ledger(), ended(death(ECHO), death(KILLED, 1), reached=0, first=True))[1].stop_code is None
+
+
+def test_the_same_bug_at_the_same_step_is_not_tried_a_third_time():
+    ledger, first = judge(POLICY, Ledger(), ended(death(BUG, step=7), reached=7))
+    assert first.stop_code is None
+    _, again = judge(POLICY, ledger, ended(death(BUG, rank=1, step=7), reached=7))
+    assert again.stop_code == 1
+    _, elsewhere = judge(POLICY, ledger, ended(death(BUG, step=8), reached=8))
+    assert elsewhere.stop_code is None
+    _, other = judge(POLICY, ledger, ended(death(replace(BUG, message="other"), step=7), reached=9))
+    assert other.stop_code is None
+
+
+def test_addresses_of_objects_do_not_make_another_bug():
+    one = replace(BUG, message="<Foo object at 0x7f31aa>")
+    assert one.signature == replace(BUG, message="<Foo object at 0x7e0000>").signature
+    assert one.signature != BUG.signature
+
+
+def test_no_progress_ends_a_job_and_progress_pays_back():
+    ledger = Ledger(best_step=10)
+    for _ in range(2):
+        ledger, judgement = judge(POLICY, ledger, ended(death(KILLED)))
+        assert judgement.stop_code is None
+    progressed, judgement = judge(POLICY, ledger, ended(death(KILLED, step=11), reached=11))
+    assert judgement.stop_code is None
+    assert progressed.fruitless == 0
+    _, judgement = judge(POLICY, ledger, ended(death(KILLED)))
+    assert judgement.stop_code == ExitCode.NO_PROGRESS
+    assert "no step beyond 10" in judgement.reason
+
+
+def test_the_restart_budget_is_a_bound_and_the_code_tells_the_kind():
+    spent = Ledger(restarts=5)
+    assert judge(POLICY, spent, ended(death(KILLED)))[1].stop_code == ExitCode.INFRASTRUCTURE
+    assert judge(POLICY, spent, ended(death(replace(BUG, exit_code=9))))[1].stop_code == 9
+    assert judge(POLICY, replace(spent, restarts=4), ended(death(KILLED)))[1].stop_code is None
+
+
+def test_preemption_and_replacement_are_free():
+    spent = Ledger(restarts=5, fruitless=2, best_step=10)
+    ledger, judgement = judge(POLICY, spent, ended(death(KILLED), preempted=True))
+    assert judgement.stop_code == ExitCode.PREEMPTED
+    ledger, judgement = judge(POLICY, spent, ended(death(Cause(kind=CauseKind.REPLACED)), reached=0))
+    assert judgement.stop_code is None
+    assert (ledger.restarts, ledger.fruitless) == (5, 2)
+    # A user's bug stays one although the host is to go.
+    assert judge(POLICY, Ledger(), ended(death(BUG), reached=0, first=True, preempted=True))[1].stop_code == 1
+
+
+def test_wire_forms_come_back():
+    for cause in (KILLED, BUG, ECHO, Cause(kind=CauseKind.OOM, signal=9), Cause(kind=CauseKind.EXIT, exit_code=3)):
+        assert Cause.from_dict(cause.as_dict()) == cause
+        assert str(cause)
+    ledger, _ = judge(POLICY, Ledger(), ended(death(BUG)))
+    assert Ledger.from_dict(ledger.as_dict()) == ledger
+
+
+@pytest.mark.parametrize("fields", [{}, {"kind": "aliens"}, {"kind": "exit", "exit_code": "3"}])
+def test_a_cause_that_makes_no_sense_is_refused(fields: dict[str, object]):
+    with pytest.raises(ValueError, match=r"aliens|None|whole number"):
+        Cause.from_dict(fields)
+
+
+def test_policies_are_validated():
+    with pytest.raises(ValueError, match="max_restarts"):
+        BudgetPolicy(max_restarts=-1)
+    with pytest.raises(ValueError, match="max_fruitless"):
+        BudgetPolicy(max_fruitless=0)
