@@ -126,10 +126,17 @@ def kill_tree(job: subprocess.Popen[str]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    found = []
-    for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split():
-        found += [int(child), *descendants(int(child))]
-    return found
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended while we looked
+        parents[int(status.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
 
 
 def newest_checkpoint(store: Path) -> Path:
