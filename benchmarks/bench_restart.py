@@ -70,7 +70,8 @@ class Job:
             "ARC_RUN_DIR": str(directory / "run"),
             "ARC_MAX_RESTARTS": "100000",
         }
-        self.output = (directory / "output").open("wb")
+        self.output_path = directory / "output"
+        self.output = self.output_path.open("wb")
         command = [*launcher, *retries, *wrapper, str(SCRIPT), arm, str(self.log)]
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
@@ -126,7 +127,7 @@ def running(arm: str) -> Iterator[Job]:
         job = Job(arm, Path(directory))
         try:
             if job.wait_for_steps(STEPS_BETWEEN_KILLS, besides=frozenset(), limit_s=START_LIMIT_S) is None:
-                raise SystemExit(f"the {arm} job did not start:\n{(Path(directory) / 'output').read_text()}")
+                raise SystemExit(f"the {arm} job did not start:\n{job.output_path.read_text(errors='replace')}")
             yield job
         finally:
             job.end()
@@ -157,6 +158,8 @@ def measure(arm: str, kills: int, rng: random.Random, limit_s: float) -> list[Re
         for number in range(kills):
             results.append(kill_one(job, number % WORLD_SIZE, rng, limit_s))
             if results[-1].seconds is None:
+                print(f"{arm}: kill {number} of this job was not recovered from; its last words:", file=sys.stderr)
+                print("\n".join(job.output_path.read_text(errors="replace").splitlines()[-60:]), file=sys.stderr)
                 break
     return results
 

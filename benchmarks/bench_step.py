@@ -140,7 +140,7 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--block", type=int, default=100, help="steps per block (MLP; a 25th for the GPTs)")
     parser.add_argument("--pairs", type=int, default=100, help="pairs of blocks (MLP; a 5th for the GPTs)")

@@ -31,7 +31,7 @@ TIMEOUT_S = 600.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fsdp", action="store_true", help="shard the model with FSDP2 instead of replicating it")
     parser.add_argument("--keep", type=Path, help="work there and keep everything, instead of a temporary directory")
     args = parser.parse_args()

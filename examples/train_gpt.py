@@ -31,7 +31,7 @@ from arc_dist import Arc, SeededSampler
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, help="updates in the whole run")
     parser.add_argument("--batch", type=int, default=8, help="windows per rank and step")
     parser.add_argument("--fsdp", action="store_true", help="shard the model with FSDP2 instead of replicating it")
