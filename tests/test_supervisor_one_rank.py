@@ -59,6 +59,7 @@ def test_a_killed_trainer_is_started_again_and_the_incident_is_recorded(tmp_path
     for line in deaths:
         assert line["rank"] == 0
         assert line["action"] == "restart"
+        assert abs(line["died_at"] - line["time"]) < 1  # type: ignore[operator]
         assert 0 < line["resumed_after_s"] < 5  # type: ignore[operator]
         assert 0 <= line["seen_after_s"] < 5  # type: ignore[operator]
     assert "[arc] generation 0: trainer" in result.stderr

@@ -15,17 +15,19 @@ class Incident:
     """A trainer's death.
 
     Attributes:
-        time: wall-clock time at which it was seen.
+        time: wall-clock time of this record.
+        died_at: wall-clock time at which the zygote was told of the death by the kernel.
         rank: whose trainer died.
         generation: the generation that it belonged to.
         step: its last committed step; None for a script that counts none.
         cause: why.
-        exited_at: monotonic time at which the zygote was told of the death by the kernel.
+        exited_at: `died_at` on the monotonic clock.
         seen_after_s: from the trainer's last sign of life (status page) to `exited_at`. The moment of death itself is
             not recorded by the kernel, so this is an upper bound, usually the part of a step that had passed.
     """
 
     time: float
+    died_at: float
     rank: int
     generation: int
     step: int | None
@@ -44,8 +46,10 @@ class Incident:
         last_progress_at: float | None,
     ) -> Incident:
         """A death just learnt of; times are monotonic."""
+        now = time.time()
         return Incident(
-            time=time.time(),
+            time=now,
+            died_at=now - (time.monotonic() - exited_at),
             rank=rank,
             generation=generation,
             step=step,
@@ -79,15 +83,17 @@ class Incident:
         return {**self._record(), "action": "stop", "reason": reason}
 
     def _record(self) -> dict[str, Any]:
-        return {
+        record = {
             "time": self.time,
+            "died_at": self.died_at,
             "kind": "rank_died",
             "rank": self.rank,
             "generation": self.generation,
-            "step": self.step,
             "cause": str(self.cause),
+            "seen_by": "supervisor",
             "seen_after_s": self.seen_after_s,
         }
+        return record if self.step is None else {**record, "step": self.step}
 
     def second_line(self, report: Mapping[str, Any]) -> str:
         """Said when the next generation runs."""
