@@ -7,6 +7,7 @@ above: the loop in the rank, the supervisor beside it, the coordinator's service
 ===================  ==================================================================================
 `flags`, `healing`   a rank's ballot, the vote, and the ladder of actions inside a generation
 `generations`        the life of a job: which processes may run, when they must end, when the job is over
+`job`, `events`      its state, and the vocabulary of what is heard and done
 `budgets`            why a generation ended, who is to blame, and whether another attempt is worth while
 `pick`               the step that all ranks restore, and where each rank finds it
 `commit`             when a set of shards becomes a checkpoint
