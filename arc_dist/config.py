@@ -23,9 +23,11 @@ class Env:
     shm_dir: Path | None = None
     coordinator: str | None = None
     token: str | None = None
-    job_id: str = "local"
+    job_id: str = "local"  # ARC_JOB_ID, for users: the job's name; default: torchrun's
+    job_named: bool = False  # whether ARC_JOB_ID was set
     plan: dict[str, Any] | None = None
     run_dir: Path = Path(".")  # ARC_RUN_DIR, for users: where incidents and events are written
+    run_dir_named: bool = False  # whether ARC_RUN_DIR was set
     shm_root: Path = Path("/dev/shm")  # ARC_SHM_ROOT, for users: the memory file system that snapshots live in
     store: str | None = None  # ARC_STORE, for users: the default of Arc(store=...)
     log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
@@ -56,8 +58,10 @@ class Env:
             coordinator=env.get("ARC_COORDINATOR") or None,
             token=env.get("ARC_TOKEN") or None,
             job_id=job_id,
+            job_named=bool(env.get("ARC_JOB_ID")),
             plan=parsed_plan,
             run_dir=Path(run_dir) if run_dir else default_run_dir(job_id),
+            run_dir_named=bool(run_dir),
             shm_root=_path(env, "ARC_SHM_ROOT") or Path("/dev/shm"),
             store=env.get("ARC_STORE") or None,
             log_level=env.get("ARC_LOG_LEVEL", "info").lower(),

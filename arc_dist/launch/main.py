@@ -95,7 +95,9 @@ def _run_script(options: command_line.Options) -> NoReturn:
     elif not options.no_preload:
         from arc_dist.launch.steps import count_steps
 
-        count_steps(os.environ["ARC_SHM_DIR"], int(os.environ["ARC_GENERATION"]))
+        env = Env.read()
+        assert env.shm_dir is not None, "the supervisor gives its trainers a directory"
+        count_steps(env.shm_dir, env.generation)
     script.run(options.target)
 
 

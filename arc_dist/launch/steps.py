@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from arc_dist.snapshot.layout import Phase, StatusPage
 
 
-def count_steps(directory: str, generation: int) -> None:
+def count_steps(directory: Path, generation: int) -> None:
     """Installs a hook that writes the number of optimizer steps to the status page; imports torch."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 

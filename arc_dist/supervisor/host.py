@@ -52,7 +52,7 @@ def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygotePro
         logging.getLogger("arc_dist.coordinator").setLevel(logging.WARNING)
     process.adopt_orphans()
     with contextlib.ExitStack() as stack:
-        directory = _own_directory(env.shm_root, f"{membership.run_id or env.job_id}-r{membership.rank}")
+        directory = _own_directory(env.shm_root, f"{env.job_id}-r{membership.rank}")
         stack.callback(directory.close)
         meeting = Meeting(membership) if membership.store_host is not None else None
         if membership.rank == 0:
@@ -139,7 +139,7 @@ def _host_coordinator(
     stack: contextlib.ExitStack, env: Env, membership: Membership
 ) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
     job_id = _job_id(env, membership)
-    run_dir = Path(os.environ["ARC_RUN_DIR"]) if os.environ.get("ARC_RUN_DIR") else default_run_dir(job_id)
+    run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
     _, listen = advertised_host(membership)
     coordinator = Coordinator.open(membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts)
     stack.callback(coordinator.close)
@@ -154,10 +154,10 @@ def _job_id(env: Env, membership: Membership) -> str:
     torchrun's agent outlives its restarts of the supervisors, which are to find the journal again; so where there is
     an agent, it is what names a job without a name.
     """
+    if env.job_named:
+        return env.job_id
     if membership.run_id is not None:
         return membership.run_id
-    if os.environ.get("ARC_JOB_ID"):
-        return env.job_id
     pid = os.getppid() if membership.has_agent_store else os.getpid()
     return f"job-{pid}-{process.start_ticks(pid) or 0}"
 
