@@ -298,7 +298,7 @@ def _rank_main(
         dist.destroy_process_group()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class JobResult:
     """How a command ended."""
 
@@ -307,7 +307,7 @@ class JobResult:
     stderr: str
     seconds: float
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # so that `assert result.exit_code == 0, result` shows what was said
         ending = f"exit code {self.exit_code} after {self.seconds:.1f} s"
         return f"{ending}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
 
