@@ -2,8 +2,8 @@
 
 Training stops for none of this: the shard is written from the snapshot's own buffers by one thread, which pins the
 slot, streams it to the store, reports it to the coordinator, and unpins it. The coordinator commits the manifest once
-the shards of all ranks are durable. One checkpoint is in flight at a time; one that falls due meanwhile is left out on
-this rank and so never committed, which is said.
+the shards of all ranks are durable. One checkpoint is in flight at a time; one that falls due meanwhile is left out by
+the guard, on all ranks alike, which is said.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class Checkpointer:
         self._ring.pin(slot)
         self._idle.clear()
         self._queue.put((step, slot))
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint that was submitted is not settled yet."""
+        return not self._idle.is_set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until nothing is being written; True when that is so."""

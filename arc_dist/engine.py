@@ -127,6 +127,7 @@ class Engine:
             generation=env.generation,
             record=self.record,
             on_certified=self._checkpointer.submit if self._checkpointer is not None else None,
+            is_writing=self._checkpointer.is_writing if self._checkpointer is not None else None,
             restore_rates=restore_rates,
         )
         self.started = True
@@ -171,6 +172,9 @@ class Engine:
             self.guard.load(found.specs, found.tensors, found.small, cold=True)
             if found.tier == "memory":
                 self.ring.drop_after(found.step)
+            elif self._checkpointer is not None:
+                self.guard.is_stored = True
+                self._checkpointer.committed.append(found.step)
             self.resumed = Resumed(found.step, found.tier)
             logger.info("continuing after step %d, restored from %s", found.step, found.tier)
         self.guard.watch_first()
@@ -292,7 +296,10 @@ class Engine:
         return sum(values) / len(values)
 
     def save_now(self, step: int) -> bool:
-        """Writes the certified snapshot of `step` and waits for its commit. False without a store."""
+        """Writes the certified snapshot of `step` and waits for its commit. False without a store.
+
+        Every rank must call this; it blocks.
+        """
         writer = self._checkpointer
         if writer is None:
             return False
@@ -302,7 +309,8 @@ class Engine:
             assert slot is not None, f"step {step} was sealed but is not held"
             writer.submit(step, slot)
             writer.wait()
-        return step in writer.committed
+        # The coordinator may live in rank 0's process: nobody leaves before everybody has heard of the commit.
+        return any(self.voter.gather(step in writer.committed, step))
 
     def part(self, error: BaseException) -> None:
         """After an error in a step: a surviving DDP replica leaves the last committed state for all to restore.

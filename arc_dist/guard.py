@@ -35,6 +35,7 @@ from arc_dist.telemetry.log import logger
 
 _FAULTS = int(FAULTS)
 _REQUESTS = int(REQUESTS)
+_BUSY = int(Flag.CHECKPOINT_BUSY)
 
 
 class DataPort(Protocol):
@@ -68,6 +69,7 @@ class Guard:
         norm_is_global: the norm given to `conclude` is the same number on every rank (DDP, or FSDP with clipping).
         record: called with each incident, on rank 0.
         on_certified: called with (step, slot) when a snapshot that shall become a checkpoint is trusted.
+        is_writing: whether this rank still writes a checkpoint.
         restore_rates: False leaves rates, schedulers and RNG alone in a rollback, for scripts that own them.
     """
 
@@ -83,6 +85,7 @@ class Guard:
         generation: int = 0,
         record: Callable[..., None] | None = None,
         on_certified: Callable[[int, int], None] | None = None,
+        is_writing: Callable[[], bool] | None = None,
         restore_rates: bool = True,
     ) -> None:
         self.state = state
@@ -103,6 +106,7 @@ class Guard:
         self._generation = generation
         self._record = record
         self._on_certified = on_certified
+        self._is_writing = is_writing
         self._restore_rates = restore_rates
         self._heeded = int(settings.heeded)
         self.loss_monitor = LossMonitor(explosion_sigmas=settings.loss_explosion_sigmas)
@@ -124,6 +128,7 @@ class Guard:
         self._uncertified: list[int] = []  # steps of snapshots that still have to prove themselves
         self._to_write: set[int] = set()
         self._unprotected = True  # no snapshot of this process's beginning yet
+        self.is_stored = False  # the state this process began with is a committed checkpoint
 
     # ------------------------------------------------------------------ one step
 
@@ -144,9 +149,12 @@ class Guard:
         if found:
             flags |= found.value
         flags |= self._probe()
+        asked = self._asked
+        if self._is_writing is not None and self._is_writing():
+            asked |= _BUSY
         attempt = self.attempt
         attempt.losses, attempt.ordinals, attempt.norm = tuple(losses), tuple(ordinals), None
-        attempt.flags = (flags & self._heeded) | self._asked
+        attempt.flags = (flags & self._heeded) | asked
         if self._votes_early:
             self.voter.begin(attempt.flags)
             self._begin_mean()
@@ -230,17 +238,33 @@ class Guard:
         """Certifies and takes snapshots. Call between two updates, on every rank; communicates only while the
         snapshot cadence is being measured."""
         step = self.step
-        if self._uncertified and step - self._uncertified[0] >= self.settings.certify_after:
-            self._certify(self._uncertified.pop(0))
         every = self.settings.checkpoint_every
         wanted = self._on_certified is not None and every is not None and step > 0 and step % every == 0
-        if wanted:
+        if wanted and not (self._unprotected and self.is_stored):
             self._to_write.add(step)
+        if self._to_write and self.agreed & _BUSY:
+            self._leave_out_checkpoints()
+        if self._uncertified and step - self._uncertified[0] >= self.settings.certify_after:
+            self._certify(self._uncertified.pop(0))
         if self._unprotected:
             self._protect_beginning()
         elif (wanted or self.cadence.due(step)) and step != self.cadence.last:
             self.capture()
         self.cadence.settle(step, self.voter)
+
+    def _leave_out_checkpoints(self) -> None:
+        """Gives up the checkpoints that wait for trust, because some rank still writes an earlier one.
+
+        On all ranks alike: one that a single rank left out would never be whole, and the others would wait for it.
+        The vote that said so is from before this boundary, and only a boundary begins writing, so a rank that has
+        finished meanwhile does not matter, and none can have begun.
+        """
+        reason = "the one before is still being written"
+        for step in sorted(self._to_write) if self.voter.rank == 0 else ():
+            logger.warning("checkpoint of step %d left out: %s", step, reason)
+            if self._record is not None:
+                self._record(kind="checkpoint_late", step=step, generation=self._generation, reason=reason)
+        self._to_write.clear()
 
     def _protect_beginning(self) -> None:
         """The state that a process begins with is what the user made or what was verified: trusted at once."""
