@@ -123,6 +123,7 @@ class Guard:
         self._loss_sum, self._loss_count = 0.0, 0
         self._mean_pending = False
         self._watched: object = None
+        self._num_states = -1
         self.details: list[dict[str, Any]] = []
         self.cadence = SnapshotCadence(settings)
         self._uncertified: list[int] = []  # steps of snapshots that still have to prove themselves
@@ -265,6 +266,14 @@ class Guard:
             if self._record is not None:
                 self._record(kind="checkpoint_late", step=step, generation=self._generation, reason=reason)
         self._to_write.clear()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the boundary after `step` updates takes a snapshot."""
+        return self.cadence.due(step) or self._is_checkpoint(step)
+
+    def _is_checkpoint(self, step: int) -> bool:
+        every = self.settings.checkpoint_every
+        return self._on_certified is not None and every is not None and step > 0 and step % every == 0
 
     def _protect_beginning(self) -> None:
         """The state that a process begins with is what the user made or what was verified: trusted at once."""
@@ -484,7 +493,11 @@ class Guard:
         return not self.probe.scan()
 
     def _probe(self) -> int:
-        flags = self._watch()
+        flags = 0
+        num_states = sum([len(optimizer.state) for optimizer in self.state.optimizers])
+        if num_states != self._num_states or self.probe.is_due(self.step):
+            self._num_states = num_states
+            flags = self._watch()
         found = self.probe.judge(self.step)
         return flags | found.value if found else flags
 
@@ -573,24 +586,21 @@ class SnapshotCadence:
         self._num_captured = 0
         self._cost_s = 0.0
         self._step_times: list[float] = []
-        self._last_time = 0.0
-        self._measured = False
 
     def due(self, step: int) -> bool:
         """Whether a snapshot is due at this boundary."""
-        now = time.perf_counter()
-        if self.every is None and len(self._step_times) < 64:
-            if self._last_time:
-                self._step_times.append(now - self._last_time)
-            self._last_time = now
         return self.last < 0 or step - self.last >= (self.every or _MEASURING_EVERY)
+
+    def observe(self, step_s: float) -> None:
+        """A step took this long, without snapshots and without what the script did between steps."""
+        if self.every is None:
+            self._step_times.append(step_s)
 
     def captured(self, step: int, cost_s: float) -> None:
         """A snapshot of `step` was taken at this cost."""
         self.last = step
         self._num_captured += 1
         self._cost_s = cost_s
-        self._last_time = 0.0
 
     def settle(self, step: int, voter: Voter) -> None:
         """Agrees on the interval once enough was measured. Every rank gets here at the same step."""
@@ -616,4 +626,3 @@ class SnapshotCadence:
             self.every = state["every"]
         self._num_captured = max(self._num_captured, state["num_captured"]) if self.every is None else 0
         self.last = step
-        self._last_time = 0.0

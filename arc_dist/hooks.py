@@ -8,6 +8,7 @@ foreign loop at which the state is whole.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ class OptimizerJudge:
         self._voided = False
         self._on_commit = on_commit
         self._began = False
+        self._last_commit = 0.0
 
     def begin(self) -> None:
         """Before the first step: the first snapshot."""
@@ -128,7 +130,11 @@ class OptimizerJudge:
     def _commit(self) -> None:
         self._stepped.clear()
         self._guard.committed()
+        now = time.perf_counter()
+        if self._last_commit:
+            self._guard.cadence.observe(now - self._last_commit)
         self._guard.boundary()
+        self._last_commit = time.perf_counter()
         if self._on_commit is not None:
             self._on_commit()
 

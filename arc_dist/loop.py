@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -21,8 +20,7 @@ from arc_dist.telemetry.log import logger
 LossFunction = Callable[[Any], torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(NamedTuple):
     """Where a step's time went on this rank, in seconds. On a GPU these are times of launching, not of computing."""
 
     data_s: float
@@ -31,8 +29,7 @@ class Timings:
     update_s: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """One committed step: its update was applied on every rank.
 
     Attributes:
@@ -116,7 +113,7 @@ class GuardedLoop:
 
         On a batch before the position: fetching the next one might draw random numbers, which are not restored yet.
         """
-        with self._sync.micro_batch(last=True):
+        with self._sync.micro_batch(last=True, only=False):
             self._loss_fn(self._source.sample).backward()
         self._zero_grad()
 
@@ -139,6 +136,7 @@ class GuardedLoop:
         guard.committed()
         self._engine.updating = False
         updated = time.perf_counter()
+        guard.cadence.observe(updated - began)
         trouble, self._trouble = self._trouble, None
         return StepResult(
             number=guard.step,
@@ -155,6 +153,8 @@ class GuardedLoop:
     def _fetch(self) -> list[Batch]:
         """The micro-batches of the next step; fewer at the very end of the data, none after it."""
         batches: list[Batch] = []
+        # The next boundary's snapshot wants to recognise the batch before it; the others need not be recognisable.
+        self._source.recognisable = self._guard.is_due(self._guard.step + 1)
         self._source.begin_step()
         for _ in range(self._settings.accumulate):
             try:
@@ -173,7 +173,7 @@ class GuardedLoop:
         losses: list[float] = []
         last = len(batches) - 1
         for i, batch in enumerate(batches):
-            with self._sync.micro_batch(last=i == last):
+            with self._sync.micro_batch(last=i == last, only=last == 0):
                 loss = self._loss_fn(batch.data)
                 check_loss(loss)
                 # On a GPU this is the step's one synchronisation, and it waits for the forward pass only.

@@ -54,17 +54,24 @@ class GradientSync:
         self._ddp = [module for model in models for module in ddp_modules(model)]
         self._fsdp = [model for model in models if isinstance(model, FSDPModule)]
 
-    @contextlib.contextmanager
-    def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch."""
+    def micro_batch(self, *, last: bool, only: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; `only` is the usual step without accumulation."""
+        if only or not (self._ddp or self._fsdp):
+            return _NOTHING
         for module in self._fsdp:
             module.set_requires_gradient_sync(last)
             module.set_is_last_backward(last)
+        return _NOTHING if last else self._no_sync()
+
+    @contextlib.contextmanager
+    def _no_sync(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            if not last:
-                for module in self._ddp:
-                    stack.enter_context(module.no_sync())
+            for module in self._ddp:
+                stack.enter_context(module.no_sync())
             yield
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def clip_or_measure(parameters: Sequence[torch.Tensor], max_norm: float | None, *, sharded: bool) -> torch.Tensor:
@@ -74,6 +81,8 @@ def clip_or_measure(parameters: Sequence[torch.Tensor], max_norm: float | None, 
     under FSDP2 the shards' norms are reduced once, and the result is the same number on every rank. Without clipping
     it is one foreach pass; under FSDP2 the norm of this rank's shards only, without communication.
     """
+    if max_norm is not None and not sharded:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if max_norm is None:
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -82,8 +91,6 @@ def clip_or_measure(parameters: Sequence[torch.Tensor], max_norm: float | None, 
             return torch.zeros(())
         norms = torch._foreach_norm(local)
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]))
-    if not sharded:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()

@@ -58,6 +58,13 @@ class LoaderView:
         self.started = False  # an iterator was made by us
 
     @property
+    def may_draw_here(self) -> bool:
+        """Whether taking a batch from a running iterator can draw random numbers in this process."""
+        if isinstance(self.loader, (list, tuple)):
+            return False
+        return not (type(self.loader) is DataLoader and self.loader.num_workers > 0)
+
+    @property
     def name(self) -> str:
         return type(self.loader).__name__
 

@@ -72,6 +72,7 @@ class BatchSource:
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} is {value!r}. Give a whole number, 0 or more.")
         self._view = LoaderView(loader)
+        self._may_draw_here = self._view.may_draw_here
         self._epochs = 1 if epochs is None and steps is None else epochs
         self._steps = steps
         self._record_rng = record_rng
@@ -90,6 +91,8 @@ class BatchSource:
         self._counted = 0  # batches before the cursor that were given and not skipped
         self._step_began = 0
         self.sample: Any = None
+        # False spares the random state before each fetch; a position taken then is recognised by an earlier batch.
+        self.recognisable = True
         self._here: Position | None = None  # a position that was gone to, when the batch before it is not held
 
     # ------------------------------------------------------------------ going through the data
@@ -154,13 +157,15 @@ class BatchSource:
 
     def _fetch(self) -> tuple[Entry, Any]:
         """The next batch from the loader itself."""
-        record_rng = self._record_rng
         while True:
-            if self._iterator is None:
+            opening = self._iterator is None
+            if opening:
                 self._open()
+            # The first batch of an iterator is special: a sampler's order may be drawn with it.
+            record_rng = self._record_rng and (opening or self._may_draw_here)
             assert self._iterator is not None
             assert self._epoch is not None
-            before = capture_rng() if record_rng else None
+            before = capture_rng() if record_rng and self.recognisable else None
             try:
                 data = next(self._iterator)
             except StopIteration:
@@ -174,6 +179,8 @@ class BatchSource:
             entry = Entry(
                 ordinal=self._live, epoch=self._epoch, index=self._index, data=data, before=before, after=after
             )
+            if record_rng and not self.recognisable:
+                entry.forget_before()
             if self._index == 0 and self._epoch.first is None:
                 self._epoch.first = Check(0, batch_digest(data))
             self._buffer.append(entry)

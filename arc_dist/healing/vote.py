@@ -35,6 +35,7 @@ class Voter:
 
     def __init__(self, *, timeout_s: float = 300.0) -> None:
         self.rank, self.world_size = distributed_world()
+        self._ballot = 0
         self._work: dist.Work | None = None
         self._word = torch.zeros(1, dtype=torch.int64)
         self._mean_work: dist.Work | None = None
@@ -46,8 +47,9 @@ class Voter:
 
     def begin(self, ballot: Flag | int) -> None:
         """Hands in this rank's ballot; does not block."""
-        self._word[0] = int(ballot)
+        self._ballot = int(ballot)
         if self._group is not None:
+            self._word.fill_(self._ballot)
             self._work = dist.all_reduce(self._word, op=dist.ReduceOp.BOR, group=self._group, async_op=True)
 
     def result(self, step: int) -> int:
@@ -56,13 +58,14 @@ class Voter:
         Raises:
             PeerLost: a rank did not vote: it died, hangs, or runs other code.
         """
-        if self._work is not None:
-            work, self._work = self._work, None
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._lost("the vote", step, error) from error
-        return int(self._word[0])
+        if self._work is None:
+            return self._ballot
+        work, self._work = self._work, None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost("the vote", step, error) from error
+        return int(self._word.item())
 
     def begin_mean(self, total: float, count: int) -> None:
         """Begins the mean over all ranks of `count` values that sum to `total`; does not block."""

@@ -1,14 +1,15 @@
 """The gradient monitor: the global L2 norm (ARC paper, section 3.2.1), judged before clipping.
 
 It reads the norm that clipping computes anyway, so a guarded step with clipping costs no extra pass. The paper's fixed
-thresholds (1e3 to 1e5) depend on the model's scale; here an explosion is ``norm > factor x max(median, reference)``
-with the run's own past as the scale. Under DDP the reduced gradient, and so its norm, is the same number on every
+thresholds (1e3 to 1e5) depend on the model's scale; here an explosion is ``norm > factor x reference``, the largest
+median that the run itself ever had. Under DDP the reduced gradient, and so its norm, is the same number on every
 rank: every rank raises the same flag without a message (the *implicit vote*).
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from arc_dist.monitors.window import RobustWindow
@@ -31,29 +32,31 @@ class GradientMonitor:
         self._factor = explosion_factor
         self._min_count = min_count
         self._window = RobustWindow()
+        self.threshold = sys.float_info.max  # above this a finite norm counts as an explosion
+        self._lowest = 0.0
 
     def judge(self, norm: float) -> Flag:
         """The flags that `norm` raises; changes nothing."""
+        if self._lowest <= norm <= self.threshold:  # false for NaN
+            return NO_FLAGS
         if not math.isfinite(norm):
             return Flag.GRAD_NONFINITE
-        if self._window.count >= self._min_count:
-            if norm > self.threshold:
-                return Flag.GRAD_EXPLOSION
-            if norm < _VANISHING_NORM and self._window.median > _ONCE_HEALTHY_NORM:
-                return Flag.GRAD_VANISHING
-        return NO_FLAGS
-
-    @property
-    def threshold(self) -> float:
-        """Above this a finite norm counts as an explosion."""
-        return self._factor * max(self._window.median, self._window.reference)
+        return Flag.GRAD_EXPLOSION if norm > self.threshold else Flag.GRAD_VANISHING
 
     def accept(self, norm: float) -> None:
         """Learns from a step whose update was applied."""
-        self._window.add(norm)
+        if self._window.add(norm):
+            self._renew()
+
+    def _renew(self) -> None:
+        window = self._window
+        judging = window.count >= self._min_count
+        self.threshold = self._factor * window.reference if judging and window.reference > 0.0 else sys.float_info.max
+        self._lowest = _VANISHING_NORM if judging and window.median > _ONCE_HEALTHY_NORM else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return self._window.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window.load_state_dict(state)
+        self._renew()

@@ -11,6 +11,7 @@ nothing compared with where training began. What is not finite is flagged from t
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from arc_dist.monitors.window import RobustWindow
@@ -39,28 +40,30 @@ class LossMonitor:
         self._min_count = min_count
         self._explosion_flag = explosion_flag
         self._window = RobustWindow()
+        self.threshold = sys.float_info.max  # above this a finite loss counts as an explosion
 
     def judge(self, loss: float) -> Flag:
         """The flags that `loss` raises; changes nothing."""
-        if not math.isfinite(loss):
-            return Flag.LOSS_NONFINITE
-        if self._window.count >= self._min_count and loss > self.threshold:
-            return self._explosion_flag
-        return NO_FLAGS
-
-    @property
-    def threshold(self) -> float:
-        """Above this a finite loss counts as an explosion."""
-        window = self._window
-        noise = max(window.sigma, 0.05 * abs(window.median))
-        return max(window.median + self._sigmas * noise, self._factor * max(window.reference, abs(window.median)))
+        if -math.inf < loss <= self.threshold:  # false for NaN
+            return NO_FLAGS
+        return self._explosion_flag if math.isfinite(loss) else Flag.LOSS_NONFINITE
 
     def accept(self, loss: float) -> None:
         """Learns from a step whose update was applied."""
-        self._window.add(loss)
+        if self._window.add(loss):
+            self._renew()
+
+    def _renew(self) -> None:
+        window = self._window
+        if window.count < self._min_count:
+            self.threshold = sys.float_info.max
+            return
+        noise = max(window.sigma, 0.05 * abs(window.median))
+        self.threshold = max(window.median + self._sigmas * noise, self._factor * window.reference)
 
     def state_dict(self) -> dict[str, Any]:
         return self._window.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window.load_state_dict(state)
+        self._renew()

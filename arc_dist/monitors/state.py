@@ -1,16 +1,18 @@
 """The state probe: weights and optimizer state, a sixteenth of the bytes at every step.
 
 All parameters and optimizer tensors of the rank (its local shards under FSDP) are cut into slices of about equal size
-and dealt into `rounds` groups; each step takes the L2 norms of one group. One pass over everything costs 4-7 % of a
-small model's step, a sixteenth of it 0.2 %. A slice is judged against its own norm of the round before:
+and dealt into groups; each step takes the L2 norms of one group, so that a round of 16 steps sees every byte. One pass
+over everything costs 4-7 % of a small model's step, a sixteenth of it 0.2 %. For models so small that the call costs
+more than the bytes, a round has fewer groups with pauses between them, and takes 64 steps. A slice is judged against its own norm of the
+round before:
 
 * not finite (an L2 norm that overflows counts too);
 * weights: grew by more than 30 x or shrank below 1/1000 within a round (the paper's magnitude explosion and collapse,
   section 3.2.3, with the run's own past as the scale);
 * optimizer state: grew by more than 1e6 x, or became exactly zero after having been something (a reset).
 
-The next update hides that moments were zeroed, so the smallest optimizer tensor is looked at in every step: a reset of
-the whole state is seen before it does.
+The next update hides that moments were zeroed, so one number of the optimizer's state is looked at in every step: a
+reset of the whole state is seen before that.
 
 Buffers are not judged: infinite values are normal there (attention masks), and so are exempt the slices that were not
 finite when the run began.
@@ -33,6 +35,8 @@ _OPTIMIZER_GROWTH = 1e6
 # Below this a norm says nothing about scale: freshly initialised biases and moments grow from zero.
 _SMALLEST_NORM = 1e-6
 _MIN_SLICE_NUMEL = 4096
+_MIN_GROUP_NUMEL = 1 << 17  # below this a group costs its call, not its bytes
+_SMALL_MODEL_NUMEL = 1 << 20
 # Moments without gradients decay until they underflow to zero; from below this a zero is no reset.
 _DENORMAL_NORM = 1e-20
 
@@ -74,7 +78,10 @@ class StateProbe:
 
     def __init__(self, *, rounds: int = 16) -> None:
         self._rounds = rounds
-        self._groups: list[list[_Slice]] = [[] for _ in range(rounds)]
+        self._groups: list[list[_Slice]] = []
+        self._pause = 1  # steps from one group to the next
+        self._canary: torch.Tensor | None = None  # one number of the optimizer's state, not zero when last seen
+        self._canary_name = ""
         self._source: object | None = None
         self._num_optimizer_tensors = 0
         self.findings: list[Finding] = []
@@ -93,7 +100,12 @@ class StateProbe:
         vanished = num_optimizer < self._num_optimizer_tensors
         self._num_optimizer_tensors = num_optimizer
         known = {part.name: part for part in self._all()}
-        self._groups = _deal(floating, self._rounds)
+        total = sum(probed.tensor.numel() for probed in floating)
+        num_groups = max(1, min(self._rounds, -(-total // _MIN_GROUP_NUMEL)))
+        rounds = self._rounds if total >= _SMALL_MODEL_NUMEL else 4 * self._rounds
+        self._pause = rounds // num_groups
+        self._groups = _deal(floating, num_groups)
+        self._find_canary(floating)
         for part in self._all():
             if part.name in known:
                 part.norm, part.exempt = known[part.name].norm, known[part.name].exempt
@@ -102,9 +114,32 @@ class StateProbe:
             return Flag.OPTIMIZER_RESET
         return NO_FLAGS
 
+    def is_due(self, step: int) -> bool:
+        """Whether `judge` would look at more than one number."""
+        return step % self._pause == 0
+
     def judge(self, step: int) -> Flag:
         """Looks at the group whose turn it is and returns the flags it raises; `findings` has the details."""
-        return self._judge(self._groups[step % self._rounds])
+        canary = self._canary
+        if canary is not None and canary.item() == 0.0:
+            self.findings = [Finding(Flag.OPTIMIZER_RESET, self._canary_name, 0.0, None)]
+            return Flag.OPTIMIZER_RESET
+        turn, pausing = divmod(step, self._pause)
+        if pausing or not self._groups:
+            return NO_FLAGS
+        return self._judge(self._groups[turn % len(self._groups)])
+
+    def _find_canary(self, tensors: Sequence[Probed]) -> None:
+        """The first number of the optimizer's state that is surely not zero; reading it costs no pass."""
+        self._canary = None
+        for probed in tensors:
+            if not probed.is_weight and probed.tensor.numel() and probed.tensor.device.type == "cpu":
+                flat = probed.tensor.detach().reshape(-1)[:64]
+                largest = int(flat.abs().argmax())
+                if float(flat[largest].abs()) > _DENORMAL_NORM and probed.tensor.is_contiguous():
+                    self._canary = probed.tensor.detach().view(-1)[largest]
+                    self._canary_name = probed.name
+                    return
 
     def scan(self) -> Flag:
         """Looks at everything, for what is not finite only; the slow path."""
@@ -136,7 +171,7 @@ class StateProbe:
         self._num_optimizer_tensors = 0
 
     def _all(self) -> list[_Slice]:
-        return list(dict.fromkeys(part for group in self._groups for part in group))
+        return [part for group in self._groups for part in group]
 
     def _judge(self, parts: list[_Slice]) -> Flag:
         found = NO_FLAGS
@@ -222,10 +257,4 @@ def _deal(tensors: Sequence[Probed], rounds: int) -> list[list[_Slice]]:
         smallest = min(range(rounds), key=sizes.__getitem__)
         groups[smallest].append(part)
         sizes[smallest] += part.view.numel()
-    moments = [part for part in parts if not part.is_weight]
-    if moments:
-        canary = min(moments, key=lambda part: part.view.numel())
-        for group in groups:
-            if canary not in group:
-                group.append(canary)
     return groups

@@ -1,9 +1,7 @@
-"""A sliding window with robust statistics that are cheap enough to consult at every step."""
+"""A sliding window with robust statistics that cost next to nothing at every step."""
 
 from __future__ import annotations
 
-import bisect
-import collections
 from typing import Any
 
 _MAD_TO_SIGMA = 1.4826  # the MAD of a normal distribution is sigma / 1.4826
@@ -12,60 +10,50 @@ _MAD_TO_SIGMA = 1.4826  # the MAD of a normal distribution is sigma / 1.4826
 class RobustWindow:
     """Median and median absolute deviation (MAD) of the last `size` values.
 
-    The median is exact at every step (the values are kept sorted, O(log n)). The MAD costs O(n log n), so it is
-    renewed every `renew_every` values; a threshold may lag behind by that many steps.
+    They are renewed at each of the first values, and then once in `renew_every` values: adding one is an append, and a
+    threshold lags behind by a few steps at most.
     """
 
     def __init__(self, size: int = 64, *, renew_every: int = 8) -> None:
         self._size = size
         self._renew_every = renew_every
-        self._recent: collections.deque[float] = collections.deque()
-        self._sorted: list[float] = []
-        self._sigma = 0.0
-        self._since_renewal = 0
+        self._values: list[float] = []
+        self._num_fresh = 0
         self.count = 0  # values ever added
-        self.reference = 0.0  # largest median of |value| ever reached: the scale of the run's own past
+        self.median = 0.0
+        self.sigma = 0.0  # a robust standard deviation: 1.4826 x MAD
+        self.reference = 0.0  # largest |median| ever reached: the scale of the run's own past
 
-    def add(self, value: float) -> None:
-        """Adds a finite value."""
-        if len(self._recent) == self._size:
-            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
-        self._recent.append(value)
-        bisect.insort(self._sorted, value)
+    def add(self, value: float) -> bool:
+        """Adds a finite value; True when the statistics were renewed."""
+        self._values.append(value)
         self.count += 1
-        self._since_renewal += 1
-        if self._since_renewal >= self._renew_every or self.count <= self._renew_every:
-            self._renew()
-
-    @property
-    def median(self) -> float:
-        return self._sorted[len(self._sorted) // 2] if self._sorted else 0.0
-
-    @property
-    def sigma(self) -> float:
-        """A robust standard deviation: 1.4826 x MAD."""
-        return self._sigma
-
-    def _renew(self) -> None:
-        self._since_renewal = 0
-        median = self.median
-        deviations = sorted(abs(value - median) for value in self._sorted)
-        self._sigma = _MAD_TO_SIGMA * deviations[len(deviations) // 2]
+        self._num_fresh += 1
+        if self._num_fresh < self._renew_every < self.count:
+            return False
+        self._num_fresh = 0
+        del self._values[: -self._size]
+        ordered = sorted(self._values)
+        self.median = median = ordered[len(ordered) // 2]
+        deviations = sorted([abs(value - median) for value in ordered])
+        self.sigma = _MAD_TO_SIGMA * deviations[len(deviations) // 2]
         self.reference = max(self.reference, abs(median))
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "recent": list(self._recent),
-            "sigma": self._sigma,
-            "since_renewal": self._since_renewal,
+            "values": list(self._values),
+            "num_fresh": self._num_fresh,
             "count": self.count,
+            "median": self.median,
+            "sigma": self.sigma,
             "reference": self.reference,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._recent = collections.deque(state["recent"])
-        self._sorted = sorted(self._recent)
-        self._sigma = state["sigma"]
-        self._since_renewal = state["since_renewal"]
+        self._values = list(state["values"])
+        self._num_fresh = state["num_fresh"]
         self.count = state["count"]
+        self.median = state["median"]
+        self.sigma = state["sigma"]
         self.reference = state["reference"]
