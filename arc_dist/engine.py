@@ -215,13 +215,15 @@ class Engine:
         )
 
     def trained_parameters(self) -> list[torch.Tensor]:
-        """All parameters of all optimizers, each once, in order."""
-        seen: dict[int, torch.Tensor] = {}
-        for optimizer in self.state.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    seen.setdefault(id(parameter), parameter)
-        return list(seen.values())
+        """All parameters of all optimizers, each once, in the models' order.
+
+        Not in the order of the optimizers' groups: the norm of all gradients depends on it in its last bit, and an
+        unguarded loop clips ``model.parameters()``.
+        """
+        groups = [group for optimizer in self.state.optimizers for group in optimizer.param_groups]
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        in_order = {id(p): p for model in self.state.models.values() for p in model.parameters()}
+        return [parameter for key, parameter in in_order.items() if key in trained]
 
     # ------------------------------------------------------------------ while training
 
