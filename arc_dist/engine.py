@@ -324,7 +324,9 @@ class Engine:
         generation, guard = self.env.generation, self.guard
         self._status.write(phase=Phase.PARTING, step=guard.step, generation=generation)
         recorded = self._record.read(guard.step)
-        if recorded is not None and guard.slot_of(guard.step) is None:
+        # A snapshot of this very step that is not trusted yet would be passed over: it is written again, as parting.
+        trusted = any(info.step == guard.step and info.certified for info in self.ring.held())
+        if recorded is not None and not trusted:
             small = guard.small()
             small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
             small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
