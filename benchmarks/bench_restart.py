@@ -151,16 +151,20 @@ def kill_one(job: Job, rank: int, rng: random.Random, limit_s: float) -> Restart
     return Restart(seconds, max(0, last + 1 - first)) if settled else Restart(None, 0)
 
 
-def measure(arm: str, kills: int, rng: random.Random, limit_s: float) -> list[Restart]:
+def measure(arm: str, kills: int, rng: random.Random, limit_s: float, verbose: bool = False) -> list[Restart]:
     """One block: a job that is hurt `kills` times, its ranks in turn. A job that does not recover ends the block."""
     results: list[Restart] = []
     with running(arm) as job:
         for number in range(kills):
             results.append(kill_one(job, number % WORLD_SIZE, rng, limit_s))
+            if verbose:
+                print(f"{arm}: kill {number}: {results[-1]}")
             if results[-1].seconds is None:
                 print(f"{arm}: kill {number} of this job was not recovered from; its last words:", file=sys.stderr)
                 print("\n".join(job.output_path.read_text(errors="replace").splitlines()[-60:]), file=sys.stderr)
                 break
+        if verbose:
+            print(job.output_path.read_text(errors="replace"))
     return results
 
 
@@ -170,7 +174,8 @@ def report(name: str, results: list[Restart]) -> None:
     lost = [r.lost_steps for r in results if r.seconds is not None]
     worst = f", worst {max(seconds):.3f} s" if seconds else ""
     print(f"{name:9} recovered {len(seconds)} of {len(results)}: {describe(seconds, 's')}{worst}", end="")
-    print(f"; committed steps lost: {statistics.median(lost):.0f} median, {max(lost)} most" if lost else "")
+    hurt = sum(1 for steps in lost if steps)
+    print(f"; committed steps lost by {hurt} of {len(lost)} kills, {max(lost)} at most" if lost else "")
 
 
 def main() -> None:
@@ -180,6 +185,7 @@ def main() -> None:
     parser.add_argument("--torchrun-kills", type=int, default=10, help="of torchrun's arm")
     parser.add_argument("--blocks", type=int, default=5, help="jobs per arm, the arms in turn")
     parser.add_argument("--limit-s", type=float, default=60.0, help="a restart that takes longer has failed")
+    parser.add_argument("--verbose", action="store_true", help="every kill, and what the jobs print")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -191,7 +197,8 @@ def main() -> None:
         for arm, number in wanted.items():
             missing = number - len(results[arm])
             if missing > 0:
-                results[arm] += measure(arm, min(missing, -(-number // arguments.blocks)), rng, arguments.limit_s)
+                kills = min(missing, -(-number // arguments.blocks))
+                results[arm] += measure(arm, kills, rng, arguments.limit_s, arguments.verbose)
     for arm in (name for name, number in wanted.items() if number):
         report(arm, results[arm])
     ours, theirs = ([r.seconds for r in results[arm] if r.seconds is not None] for arm in wanted)
