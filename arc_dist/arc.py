@@ -98,7 +98,13 @@ class Arc:
     # ------------------------------------------------------------------ the full loop
 
     def train(
-        self, loss_fn: LossFunction, loader: Iterable[Any], *, steps: int | None = None, epochs: int | None = None
+        self,
+        loss_fn: LossFunction,
+        loader: Iterable[Any],
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        exact: bool = True,
     ) -> Iterator[StepResult]:
         """Trains, yielding one result per committed step. Every rank must iterate in step.
 
@@ -110,6 +116,7 @@ class Arc:
             loader: any DataLoader or iterable; docs/data.md says what it must offer for exact resumption.
             steps: updates in the whole run, over as many epochs as needed.
             epochs: passes over the data in the whole run; one when neither is given.
+            exact: stop when a loader cannot give the same batches again; False warns, and goes on at the same place.
 
         Raises:
             TrainingStopped: healing ran out of budget.
@@ -124,7 +131,7 @@ class Arc:
         engine = self._engine
         try:
             engine.start(norm_is_global=self._clipped_everywhere())
-            source = engine.open_data(loader, steps=steps, epochs=epochs)
+            source = engine.open_data(loader, steps=steps, epochs=epochs, exact=exact)
             loop = GuardedLoop(engine, loss_fn, source, steps)
             engine.resume(data=source, warm_up=loop.warm_up)
             engine.catch_sigterm()

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from arc_dist import restore
 from arc_dist.checkpoint_store.store import Store
@@ -23,9 +24,9 @@ from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
 from arc_dist.connect import connect
 from arc_dist.data.source import BatchSource
-from arc_dist.errors import ConfigError
+from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.guard import Guard
-from arc_dist.healing.vote import Voter, require_equal_settings
+from arc_dist.healing.vote import Voter, agree, require_equal_settings
 from arc_dist.parallel import Parallelism, ddp_modules, parallelism
 from arc_dist.protocol.flags import Flag
 from arc_dist.settings import Settings
@@ -38,6 +39,7 @@ from arc_dist.telemetry.log import logger, set_up_logging
 from arc_dist.telemetry.recorder import Recorder, append_line
 
 _PROGRESS_EVERY_S = 2.0
+_END_EXPECTED_WITHIN_S = 5.0  # a supervisor ends the peers of a dead rank within milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +129,23 @@ class Engine:
             generation=env.generation,
             record=self.record,
             on_certified=self._checkpointer.submit if self._checkpointer is not None else None,
+            on_abandoned=self._abandon,
             is_writing=self._checkpointer.is_writing if self._checkpointer is not None else None,
             restore_rates=restore_rates,
         )
         self.started = True
+
+    def _abandon(self, from_step: int, to_step: int) -> None:
+        """A rollback went below certified steps: what was saved of them belongs to a history that did not happen."""
+        if self.rank == 0:
+            self._tell(lambda: self.coordinator.poison(from_step, to_step, self.env.generation))
+
+    def _tell(self, say: Callable[[], object]) -> None:
+        """Tells the coordinator something; training does not stop for one that cannot be reached."""
+        try:
+            say()
+        except ArcError as error:
+            logger.warning("the coordinator was not told: %s", error)
 
     def _start_coordinator(self) -> None:
         self.coordinator, close = connect(self.env, self.voter.gather, self.rank, self.world_size)
@@ -150,7 +165,7 @@ class Engine:
             return None
         owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
         store = Store(self._store_url, run=self._run, owner=owner)
-        restore.agree(self.voter, store.check_writable, "the store cannot be used")
+        agree(self.voter, store.check_writable, "the store cannot be used")
         return store
 
     def resume(
@@ -163,10 +178,12 @@ class Engine:
             warm_up: one throw-away forward and backward, see `_needs_warm_up`.
         """
         self.guard.data = data
+        self._introduce_store()
         found = restore.find(self)
+        self._correct_plan(found)
         if found is not None:
             if data is not None and found.small["data"] is not None:
-                restore.agree(self.voter, lambda: data.resume(found.small["data"]), "the data cannot be resumed")
+                agree(self.voter, lambda: data.resume(found.small["data"]), "the data cannot be resumed")
                 if warm_up is not None and self._needs_warm_up(found.step):
                     warm_up()
             self.guard.load(found.specs, found.tensors, found.small, cold=True)
@@ -184,6 +201,23 @@ class Engine:
             self._status.write(phase=Phase.STEPPING, step=self.guard.step, generation=self.env.generation)
         return self.resumed
 
+    def _introduce_store(self) -> None:
+        """Lets the supervisors' coordinator know what the script's store holds, for the plans to come."""
+        planned = self.env.plan is not None and self.env.plan["tier"] != "none"
+        if self.rank != 0 or self.store is None or not self.env.supervised or planned:
+            return
+        store = self.store
+        steps = [
+            {"step": info.step, "generation": info.generation, "certified": info.certified} for info in store.steps()
+        ]
+        self._tell(lambda: self.coordinator.hello_store(store.url, steps))
+
+    def _correct_plan(self, found: restore.Found | None) -> None:
+        """Tells the coordinator when training goes on from another step than it had planned."""
+        plan = self.env.plan
+        if plan is not None and found is not None and self.rank == 0 and found.step != plan["step"]:
+            self._tell(lambda: self.coordinator.restored(self.rank, self.env.generation, found.step))
+
     def _needs_warm_up(self, step: int) -> bool:
         """DDP sums gradients bucket by bucket, and rebuilds its buckets after the first backward.
 
@@ -195,7 +229,9 @@ class Engine:
         rebuilds = any(not module.find_unused_parameters for module in wrappers)
         return rebuilds and self.world_size > 2 and step > 0
 
-    def open_data(self, loader: Iterable[Any], *, steps: int | None, epochs: int | None) -> BatchSource:
+    def open_data(
+        self, loader: Iterable[Any], *, steps: int | None, epochs: int | None, exact: bool
+    ) -> BatchSource:
         """Makes the batch source, and refuses loaders that would leave ranks waiting for each other."""
         accumulate = self.settings.accumulate
         length = len(loader) if isinstance(loader, Sized) else None
@@ -212,6 +248,7 @@ class Engine:
             loader,
             epochs=epochs,
             steps=None if steps is None else steps * accumulate,
+            exact=exact,
         )
 
     def trained_parameters(self) -> list[torch.Tensor]:
@@ -315,26 +352,35 @@ class Engine:
         return any(self.voter.gather(step in writer.committed, step))
 
     def part(self, error: BaseException) -> None:
-        """After an error in a step: a surviving DDP replica leaves the last committed state for all to restore.
+        """After an error in a step, under a supervisor: leaves the last committed state for the next generation.
 
-        Only where this rank's state is whole (no update had begun), equal on all ranks (DDP), and finite.
+        Where a peer is lost, the error is only the echo of its death: the supervisor ends this process in a moment,
+        and a traceback would hide the cause. So that is waited for, within a bound, before the error goes on.
         """
-        if self._record is None or self._status is None or self.updating:
+        status = self._status
+        if status is None:
             return
-        generation, guard = self.env.generation, self.guard
-        self._status.write(phase=Phase.PARTING, step=guard.step, generation=generation)
-        recorded = self._record.read(guard.step)
-        # A snapshot of this very step that is not trusted yet would be passed over: it is written again, as parting.
-        trusted = any(info.step == guard.step and info.certified for info in self.ring.held())
-        if recorded is not None and not trusted:
-            small = guard.small()
-            small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
-            small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
-            specs, tensors = self.state.tensors()
-            if guard.is_finite() and small["data"] is not None:
-                self.ring.capture(guard.step, generation, specs, tensors, small, parting=True)
-        logger.debug("left the state of step %d behind after: %s", guard.step, error)
-        self._status.write(phase=Phase.PARTED, step=guard.step, generation=generation)
+        step, generation = self.guard.step, self.env.generation
+        if self._record is not None and not self.updating:
+            status.write(phase=Phase.PARTING, step=step, generation=generation)
+            self._leave_state_behind(self._record)
+        status.write(phase=Phase.PARTED, step=step, generation=generation)
+        if _is_loss_of_peer(error):
+            logger.debug("after step %d: %s", step, error)
+            time.sleep(_END_EXPECTED_WITHIN_S)
+
+    def _leave_state_behind(self, record: StepRecord) -> None:
+        """Only where this rank's state is whole (no update had begun), equal on all ranks (DDP), and finite."""
+        guard = self.guard
+        recorded = record.read(guard.step)
+        if recorded is None or guard.slot_of(guard.step) is not None:
+            return
+        small = guard.small()
+        small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
+        small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
+        specs, tensors = self.state.tensors()
+        if guard.is_finite() and small["data"] is not None:
+            self.ring.capture(guard.step, self.env.generation, specs, tensors, small, parting=True)
 
     # ------------------------------------------------------------------ leaving
 
@@ -374,6 +420,13 @@ class Engine:
         for close in reversed(self._closers):
             close()
         self.voter.close()
+
+
+def _is_loss_of_peer(error: BaseException) -> bool:
+    """Whether a collective failed because a peer went away; gloo says so in plain RuntimeErrors."""
+    if isinstance(error, (PeerLost, dist.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
 def same_rng(a: RngState, b: RngState) -> bool:

@@ -23,7 +23,7 @@ import torch
 
 from arc_dist.errors import TrainingStopped
 from arc_dist.healing.rate import RateScale
-from arc_dist.healing.vote import Voter
+from arc_dist.healing.vote import Voter, agree
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
 from arc_dist.monitors.state import Probed
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, REQUESTS, Flag, names
@@ -69,6 +69,7 @@ class Guard:
         norm_is_global: the norm given to `conclude` is the same number on every rank (DDP, or FSDP with clipping).
         record: called with each incident, on rank 0.
         on_certified: called with (step, slot) when a snapshot that shall become a checkpoint is trusted.
+        on_abandoned: called with (first, last) of the steps up to the newest certified one that a rollback gave up.
         is_writing: whether this rank still writes a checkpoint.
         restore_rates: False leaves rates, schedulers and RNG alone in a rollback, for scripts that own them.
     """
@@ -85,6 +86,7 @@ class Guard:
         generation: int = 0,
         record: Callable[..., None] | None = None,
         on_certified: Callable[[int, int], None] | None = None,
+        on_abandoned: Callable[[int, int], None] | None = None,
         is_writing: Callable[[], bool] | None = None,
         restore_rates: bool = True,
     ) -> None:
@@ -106,6 +108,7 @@ class Guard:
         self._generation = generation
         self._record = record
         self._on_certified = on_certified
+        self._on_abandoned = on_abandoned
         self._is_writing = is_writing
         self._restore_rates = restore_rates
         self._heeded = int(settings.heeded)
@@ -381,6 +384,9 @@ class Guard:
         """Restores the snapshot of `step` in place, bit for bit, with everything that belongs to it."""
         slot = self.slot_of(step)
         assert slot is not None, f"step {step} was agreed on but is not held"
+        newest = max(self.certified_steps())
+        if newest > step and self._on_abandoned is not None:
+            self._on_abandoned(step + 1, newest)
         specs, tensors, small = self.ring.restore(slot)
         self.load(specs, tensors, small, cold=False)
         self.ring.drop_after(step)
@@ -392,8 +398,10 @@ class Guard:
             cold: True in a new process, where the ladder's history comes from the snapshot too and the data source
                 is positioned by the caller.
         """
-        if self.data is not None and small["data"] is not None and not cold:
-            self.data.rewind(small["data"])  # may draw random numbers, so the state and its generators come after
+        data = self.data
+        if data is not None and small["data"] is not None and not cold:
+            # May draw random numbers, so the state and its generators come after.
+            agree(self.voter, lambda: data.rewind(small["data"]), "the data cannot be rewound")
         self.state.restore(specs, tensors, small["training"] if self._restore_rates else None)
         self.load_state_dict(small["guard"], with_history=cold)
 

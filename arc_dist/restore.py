@@ -19,7 +19,7 @@ from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.data.position import read_mark
-from arc_dist.healing.vote import Voter
+from arc_dist.healing.vote import agree
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.telemetry.log import logger
@@ -38,27 +38,6 @@ class Found:
     specs: Sequence[TensorSpec]
     tensors: Sequence[torch.Tensor]
     small: dict[str, Any]
-
-
-def agree(voter: Voter, action: Callable[[], Any], what: str) -> Any:
-    """Runs `action` on every rank; when it fails on one, every rank raises that rank's error. Blocks.
-
-    Raises:
-        ArcError: of the kind that the first failing rank met.
-    """
-    result, mine = None, None
-    try:
-        result = action()
-    except ArcError as error:
-        mine = error
-    reports = voter.gather(None if mine is None else [type(mine).__name__, mine.message], step=0)
-    for rank, report in enumerate(reports):
-        if report is not None:
-            if mine is not None:
-                raise mine
-            kind, message = report
-            raise getattr(errors, kind)(f"{what} on rank {rank}: {message}", rank=rank)
-    return result
 
 
 def find(engine: Engine) -> Found | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from arc_dist.errors import ConfigError, PeerLost
+from arc_dist import errors
+from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.protocol.flags import Flag
 
 
@@ -120,6 +122,27 @@ class Voter:
             rank=self.rank,
             step=step,
         )
+
+
+def agree(voter: Voter, action: Callable[[], Any], what: str) -> Any:
+    """Runs `action` on every rank; when it fails on one, every rank raises that rank's error. Blocks.
+
+    Raises:
+        ArcError: of the kind that the first failing rank met.
+    """
+    result, mine = None, None
+    try:
+        result = action()
+    except ArcError as error:
+        mine = error
+    reports = voter.gather(None if mine is None else [type(mine).__name__, mine.message], step=0)
+    for rank, report in enumerate(reports):
+        if report is not None:
+            if mine is not None:
+                raise mine
+            kind, message = report
+            raise getattr(errors, kind)(f"{what} on rank {rank}: {message}", rank=rank)
+    return result
 
 
 def require_equal_settings(voter: Voter, settings: dict[str, Any]) -> None:
