@@ -6,15 +6,26 @@ import torch
 from torch import nn
 
 from arc_dist import Arc
-from toy import Net, Toy, build_loader, digest
+from toy import Toy, build_loader, digest
 
 STEPS = 20
 TOY = Toy()
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(33)
+        self.inner = nn.Linear(33, 33)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(self.norm(x)).relu()
+
+
 def parts():
     torch.manual_seed(3)
-    model = Net()
+    # Many tensors, so that the order in which their norms are summed shows.
+    model = nn.Sequential(nn.Linear(16, 33), *(Residual() for _ in range(12)), nn.Linear(33, 4))
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices}]  # not the model's order
