@@ -373,7 +373,8 @@ class Engine:
         """Only where this rank's state is whole (no update had begun), equal on all ranks (DDP), and finite."""
         guard = self.guard
         recorded = record.read(guard.step)
-        if recorded is None or guard.slot_of(guard.step) is not None:
+        # A snapshot of this very step that is not trusted yet would be passed over: it is written again, as parting.
+        if recorded is None or guard.step in guard.certified_steps():
             return
         small = guard.small()
         small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
