@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from arc_dist.config import Env
-from arc_dist.data.source import BatchSource
 from arc_dist.engine import Engine, Resumed
 from arc_dist.errors import ConfigError
 from arc_dist.hooks import StepHooks, managed
@@ -136,6 +134,10 @@ class Arc:
             engine.resume(data=source, warm_up=loop.warm_up)
             engine.catch_sigterm()
             yield from loop.run()
+        except Exception:
+            # The other ranks may be gone: nothing is waited for that needs them.
+            engine.close(abort=True)
+            raise
         finally:
             engine.close()
             self._training = False
@@ -185,8 +187,10 @@ class Arc:
         return self._engine.guard.step if self._engine.started else 0
 
     def close(self) -> None:
-        """Writes a last checkpoint when there is a store, and gives memory and threads back. The full loop does this
-        by itself. Every rank must call this; it blocks."""
+        """Writes a last checkpoint when there is a store, and gives memory and threads back.
+
+        The full loop does this by itself. Every rank must call this; it blocks.
+        """
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
@@ -201,8 +205,7 @@ class Arc:
         if kind is None:
             self.close()
         else:
-            with contextlib.suppress(ConfigError):
-                self._engine.close()
+            self._engine.close(abort=True)
 
 
 def _by_name(items: Any) -> dict[str, Any]:
@@ -220,5 +223,3 @@ def _listed(items: Any) -> list[Any]:
     if isinstance(items, Mapping):
         return list(items.values())
     return list(items) if isinstance(items, (list, tuple)) else [items]
-
-

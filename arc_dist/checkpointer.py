@@ -12,23 +12,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from arc_dist.checkpoint_store.codec import encode
 from arc_dist.checkpoint_store.format import ShardTensor
 from arc_dist.checkpoint_store.store import Store
+from arc_dist.connect import Client
 from arc_dist.errors import ArcError, StoreError
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.telemetry.log import logger
 
 _POLL_S = 30.0
-
-
-class CommitPort(Protocol):
-    """What the writer asks of the coordinator."""
-
-    def shard(self, **fields: Any) -> dict[str, Any]: ...
-    def commit_status(self, **fields: Any) -> dict[str, Any]: ...
 
 
 class Checkpointer:
@@ -47,7 +40,7 @@ class Checkpointer:
         *,
         store: Store,
         ring: SnapshotRing,
-        coordinator: CommitPort,
+        coordinator: Client,
         rank: int,
         world_size: int,
         generation: int,
@@ -89,6 +82,10 @@ class Checkpointer:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until nothing is being written; True when that is so."""
         return self._idle.wait(timeout_s)
+
+    def forget_after(self, step: int) -> None:
+        """A rollback to `step`: later steps, when they are reached again, are other states and not written yet."""
+        self.committed = [committed for committed in self.committed if committed <= step]
 
     def close(self, *, abort: bool = False) -> None:
         """Ends the thread; with `abort` what is being written is given up at the next block."""

@@ -25,7 +25,7 @@ def connect(
     """
     if env.coordinator is not None:
         if env.token is None:
-            raise ConfigError("ARC_COORDINATOR is set but ARC_TOKEN is not. Both are set by the supervisor; unset both.")
+            raise ConfigError("ARC_COORDINATOR is set but ARC_TOKEN is not. The supervisor sets both; unset both.")
         return CoordinatorClient(env.coordinator, env.token), _nothing
     if world_size == 1:
         coordinator = Coordinator(1, job_id=env.job_id)

@@ -137,6 +137,8 @@ class Engine:
 
     def _abandon(self, from_step: int, to_step: int) -> None:
         """A rollback went below certified steps: what was saved of them belongs to a history that did not happen."""
+        if self._checkpointer is not None:
+            self._checkpointer.forget_after(from_step - 1)
         if self.rank == 0:
             self._tell(lambda: self.coordinator.poison(from_step, to_step, self.env.generation))
 
@@ -168,9 +170,7 @@ class Engine:
         agree(self.voter, store.check_writable, "the store cannot be used")
         return store
 
-    def resume(
-        self, *, data: BatchSource | None = None, warm_up: Callable[[], None] | None = None
-    ) -> Resumed | None:
+    def resume(self, *, data: BatchSource | None = None, warm_up: Callable[[], None] | None = None) -> Resumed | None:
         """Restores the newest state that all ranks can have. Every rank must call this; it blocks.
 
         Args:
@@ -229,9 +229,7 @@ class Engine:
         rebuilds = any(not module.find_unused_parameters for module in wrappers)
         return rebuilds and self.world_size > 2 and step > 0
 
-    def open_data(
-        self, loader: Iterable[Any], *, steps: int | None, epochs: int | None, exact: bool
-    ) -> BatchSource:
+    def open_data(self, loader: Iterable[Any], *, steps: int | None, epochs: int | None, exact: bool) -> BatchSource:
         """Makes the batch source, and refuses loaders that would leave ranks waiting for each other."""
         accumulate = self.settings.accumulate
         length = len(loader) if isinstance(loader, Sized) else None
@@ -404,15 +402,19 @@ class Engine:
 
         self._old_handler = signal.signal(signal.SIGTERM, handle)
 
-    def close(self) -> None:
-        """Ends threads and gives memory back; does not communicate."""
+    def close(self, *, abort: bool = False) -> None:
+        """Ends threads and gives memory back; does not communicate.
+
+        Args:
+            abort: give up a checkpoint that is being written or waits for other ranks.
+        """
         if not self.started:
             return
         self.started = False
         if self._old_handler is not None:
             signal.signal(signal.SIGTERM, self._old_handler)
         if self._checkpointer is not None:
-            self._checkpointer.close()
+            self._checkpointer.close(abort=abort)
         if self._recorder is not None:
             self._report_progress("finished")
             self._recorder.close()

@@ -26,7 +26,7 @@ from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
 from arc_dist.monitors.state import Probed
-from arc_dist.protocol.flags import FAULTS, NO_FLAGS, REQUESTS, Flag, names
+from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
 from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
@@ -239,8 +239,10 @@ class Guard:
     # ------------------------------------------------------------------ between steps
 
     def boundary(self) -> None:
-        """Certifies and takes snapshots. Call between two updates, on every rank; communicates only while the
-        snapshot cadence is being measured."""
+        """Certifies and takes snapshots. Call between two updates, on every rank.
+
+        It communicates only while the snapshot cadence is being measured.
+        """
         step = self.step
         every = self.settings.checkpoint_every
         wanted = self._on_certified is not None and every is not None and step > 0 and step % every == 0
@@ -395,6 +397,9 @@ class Guard:
         """Loads a snapshot or checkpoint.
 
         Args:
+            specs: of the tensors.
+            tensors: their values, as this rank holds them.
+            small: everything else.
             cold: True in a new process, where the ladder's history comes from the snapshot too and the data source
                 is positioned by the caller.
         """
@@ -532,7 +537,8 @@ class Guard:
         specs, tensors = self.state.tensors()
         for spec, tensor in zip(specs, tensors, strict=True):
             if not spec.name.startswith("optimizer.") and self.state.is_judged(spec.name) and tensor.numel():
-                digest.update(torch.hash_tensor(tensor).view(torch.int64).item().to_bytes(8, "little", signed=True))
+                word = int(torch.hash_tensor(tensor).view(torch.int64).item())
+                digest.update(word.to_bytes(8, "little", signed=True))
         return digest.hexdigest()
 
     # ------------------------------------------------------------------ state

@@ -267,5 +267,3 @@ def guard_script() -> None:
     global _script_guard
     if _script_guard is None:
         _script_guard = ScriptGuard()
-
-

@@ -7,13 +7,10 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
-
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Parallelism(enum.Enum):
@@ -52,7 +49,7 @@ class GradientSync:
     def __init__(self, models: Iterable[nn.Module]) -> None:
         models = list(models)
         self._ddp = [module for model in models for module in ddp_modules(model)]
-        self._fsdp = [model for model in models if isinstance(model, FSDPModule)]
+        self._fsdp: list[FSDPModule] = [model for model in models if isinstance(model, FSDPModule)]
 
     def micro_batch(self, *, last: bool, only: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of one micro-batch; `only` is the usual step without accumulation."""

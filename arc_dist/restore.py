@@ -17,8 +17,8 @@ from arc_dist import errors
 from arc_dist.checkpoint_store.codec import decode
 from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.checkpoint_store.store import Store
-from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.data.position import read_mark
+from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.healing.vote import agree
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
@@ -26,7 +26,6 @@ from arc_dist.telemetry.log import logger
 
 if TYPE_CHECKING:
     from arc_dist.engine import Engine
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +142,8 @@ def _from_store(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]
         if found is not None:
             return found
     raise StoreCorrupt(
-        f"none of the {len(listed) + len(damaged)} committed checkpoints in {store.url} can be read whole. Run `arc verify "
-        f"{store.url}` to see what is damaged, or give a new run name (Arc(run=...)) to start afresh."
+        f"none of the {len(listed) + len(damaged)} committed checkpoints in {store.url} can be read whole. Run "
+        f"`arc verify {store.url}` to see what is damaged, or give a new run name (Arc(run=...)) to start afresh."
     )
 
 
@@ -194,6 +193,4 @@ def _like_its_parameter(spec: TensorSpec, live: dict[str, TensorSpec]) -> Tensor
     parameter = live.get(f"model.{owner}")
     if parameter is None or parameter.global_shape != spec.global_shape:
         return spec
-    return dataclasses.replace(
-        spec, shape=parameter.shape, offsets=parameter.offsets, replicated=parameter.replicated
-    )
+    return dataclasses.replace(spec, shape=parameter.shape, offsets=parameter.offsets, replicated=parameter.replicated)

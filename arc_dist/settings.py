@@ -55,7 +55,10 @@ class Settings:
         _require("snapshots", self.snapshots, self.snapshots >= 2, "2 or more: one is trusted while one is proven")
         _require("snapshot_cost", self.snapshot_cost, 0.0 < self.snapshot_cost <= 1.0, "in (0, 1]")
         _require(
-            "max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or None"
+            "max_grad_norm",
+            self.max_grad_norm,
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "above 0, or None",
         )
         _require("scheduler_every", self.scheduler_every, self.scheduler_every in ("step", "epoch"), "step or epoch")
         _require("vote_timeout_s", self.vote_timeout_s, self.vote_timeout_s > 0, "above 0")

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from faults import FaultScript, parse
-from gpt import GPT, GPTConfig, StdlibText, count_parameters, held_out_loss, make_optimizer, next_byte_loss
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from arc_dist import Arc, SeededSampler
+from faults import FaultScript, parse
+from gpt import GPT, GPTConfig, StdlibText, count_parameters, held_out_loss, make_optimizer, next_byte_loss
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +52,8 @@ def build_model(config: GPTConfig, *, fsdp: bool) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def main() -> None:

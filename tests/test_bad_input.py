@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import rank_outcomes, run_job, run_ranks
-from toy import Net, Noise, Toy, guarded
 from torch.utils.data import DataLoader
 
 from arc_dist import Arc, ArcError, ConfigError, DataNotReproducible, StoreError
 from arc_dist.errors import CheckpointMismatch, StoreCorrupt
+from ranks import rank_outcomes, run_job, run_ranks
+from toy import Net, Noise, Toy, guarded
 
 TOY_SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
 
@@ -33,7 +33,7 @@ def test_what_is_not_a_model_or_an_optimizer():
         Arc(model, [])
     with pytest.raises(ConfigError, match="model"):
         Arc(model, adam(Net()))
-    with pytest.raises(ConfigError, match="no setting max_norm.*max_grad_norm"):
+    with pytest.raises(ConfigError, match=r"no setting max_norm.*max_grad_norm"):
         Arc(model, adam(model), max_norm=1.0)
 
 

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from ranks import rank_outcomes, run_ranks
-from toy import Toy, guarded, plain
 from torch.distributed.tensor import DTensor
 
 from arc_dist import HealingPolicy, TrainingStopped
+from ranks import rank_outcomes, run_ranks
+from toy import Toy, guarded, plain
 
 KINDS = {"single": 1, "ddp": 2, "fsdp": 2}
 
@@ -83,7 +83,7 @@ def nan_loss_body(rank, world_size, toy, at, times):
 def test_a_nan_loss_on_one_rank_is_skipped_by_all(kind, times):
     outcomes = launch(kind, nan_loss_body, 12, times)
     assert outcomes[-1][0] == times, "the fault must have fired"
-    for fired, results, replicas, _ in outcomes:
+    for _, results, replicas, _ in outcomes:
         assert [number for number, *_ in results] == list(range(1, 31))
         assert results[11] == (12, "skip", "skip")
         assert {action for _, action, _ in results[:11] + results[12:]} == {"apply"}
@@ -97,7 +97,7 @@ def persistent_body(rank, world_size, toy):
 
     policy = HealingPolicy(max_consecutive_skips=2, max_rollbacks=2)
     job = guarded(toy, wrap_loss=wrap, policy=policy)
-    with pytest.raises(TrainingStopped, match="step 12.*rollbacks brought no progress") as caught:
+    with pytest.raises(TrainingStopped, match=r"step 12.*rollbacks brought no progress") as caught:
         list(job.steps)
     assert caught.value.exit_code == 77
     return job.replica()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from ranks import run_ranks
 from toy import Toy, guarded, plain
 

@@ -1,4 +1,4 @@
-"""SIGTERM leads all ranks to a committed checkpoint within a step, an exit code that says so, and an exact continuation."""
+"""SIGTERM: all ranks commit a checkpoint within a step, exit with a code that says so, and continue exactly."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import Job, run_job, run_ranks
-from toy import Toy, plain
 
 from arc_dist import Store
+from ranks import Job, run_job, run_ranks
+from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
 

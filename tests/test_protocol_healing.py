@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 from hypothesis import given
@@ -11,14 +12,7 @@ from hypothesis import strategies as st
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, STATE_FAULTS, UPDATE_FAULTS, Flag, merge, names
 from arc_dist.protocol.healing import Evidence, HealingPolicy, History, Mode, Rung, Verdict, decide, healthy
 
-ballots = st.sets(st.sampled_from(list(Flag))).map(lambda flags: merge_all(flags))
-
-
-def merge_all(flags):
-    merged = NO_FLAGS
-    for flag in flags:
-        merged = merge(merged, flag)
-    return merged
+ballots = st.sets(st.sampled_from(list(Flag))).map(lambda flags: functools.reduce(merge, flags, NO_FLAGS))
 
 
 @given(ballots, ballots, ballots)

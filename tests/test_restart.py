@@ -1,4 +1,4 @@
-"""Killed and restarted runs end bitwise like the undisturbed one: memory, survivors, store; DDP and FSDP2; 2 and 4 ranks."""
+"""Killed and restarted runs end bitwise like the undisturbed one: from memory, survivors and store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ranks import run_job, run_ranks, torchrun
 from toy import Toy, plain
 

@@ -1,4 +1,4 @@
-"""The seed's own loop, three lines around `Arc.step`, under one process, DDP and FSDP2, with one rank alone in trouble."""
+"""Three lines around `Arc.step`, in one process, under DDP and FSDP2, with one rank alone in trouble."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from ranks import run_ranks
-from toy import Toy, build_loader, build_model, build_optimizers, build_schedulers, digest, make_loss, plain
 from torch.distributed.tensor import DTensor
 
 from arc_dist import Arc
+from ranks import run_ranks
+from toy import Toy, build_loader, build_model, build_optimizers, build_schedulers, digest, make_loss, plain
 
 KINDS = {"single": 1, "ddp": 2, "fsdp": 2}
 BASE = {
@@ -59,7 +59,13 @@ def train(toy, hurt=None, **settings):
     steps_done = controller.steps_done
     controller.close()
     finite = all(bool(torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all()) for p in model.parameters())
-    return {"actions": actions, "weights": weights, "digest": digest(model, optimizers), "finite": finite, "steps": steps_done}
+    return {
+        "actions": actions,
+        "weights": weights,
+        "digest": digest(model, optimizers),
+        "finite": finite,
+        "steps": steps_done,
+    }
 
 
 def launch(toy, body, *args):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ranks import run_job, torchrun
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "unguarded_faults.py")

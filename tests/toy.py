@@ -156,9 +156,7 @@ class Job:
         return digest(self.model, [], rng=False)
 
 
-def guarded(
-    toy: Toy, *, wrap_loss: Callable[[torch.Tensor, Arc], torch.Tensor] | None = None, **settings: Any
-) -> Job:
+def guarded(toy: Toy, *, wrap_loss: Callable[[torch.Tensor, Arc], torch.Tensor] | None = None, **settings: Any) -> Job:
     """The same training under `Arc.train`; `wrap_loss` may hurt the loss."""
     model = build_model(toy)
     optimizers = build_optimizers(toy, model)

@@ -45,7 +45,9 @@ class Voter:
         self._group: dist.ProcessGroup | None = None
         if self.world_size > 1:
             # The store work of making a group costs a few round trips once.
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
 
     def begin(self, ballot: Flag | int) -> None:
         """Hands in this rank's ballot; does not block."""

@@ -3,8 +3,9 @@
 All parameters and optimizer tensors of the rank (its local shards under FSDP) are cut into slices of about equal size
 and dealt into groups; each step takes the L2 norms of one group, so that a round of 16 steps sees every byte. One pass
 over everything costs 4-7 % of a small model's step, a sixteenth of it 0.2 %. For models so small that the call costs
-more than the bytes, a round has fewer groups with pauses between them, and takes 64 steps. A slice is judged against its own norm of the
-round before:
+more than the bytes, a round has fewer groups with pauses between them, and takes 64 steps.
+
+A slice is judged against its own norm of the round before:
 
 * not finite (an L2 norm that overflows counts too);
 * weights: grew by more than 30 x or shrank below 1/1000 within a round (the paper's magnitude explosion and collapse,

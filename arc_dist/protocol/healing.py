@@ -37,6 +37,8 @@ class Verdict(enum.Enum):
 
 
 class Mode(enum.Enum):
+    """Where the ladder stands; the arrows are drawn above."""
+
     TRAINING = "training"
     RECOVERING = "recovering"
     STOPPED = "stopped"
@@ -165,9 +167,7 @@ def decide(policy: HealingPolicy, history: History, evidence: Evidence) -> tuple
     what = ", ".join(names(faults))
     if history.mode is Mode.STOPPED:
         return history, _stop(history, f"{what} after the run was stopped")
-    after = dataclasses.replace(
-        history, healthy_in_a_row=0, furthest_fault=max(history.furthest_fault, evidence.step)
-    )
+    after = dataclasses.replace(history, healthy_in_a_row=0, furthest_fault=max(history.furthest_fault, evidence.step))
     state_fault = evidence.state_corrupt or bool(faults & STATE_FAULTS)
     if not state_fault:
         if faults == Flag.GRAD_VANISHING:
@@ -210,9 +210,7 @@ def _rollback(
 
 
 def _skip(history: History, reason: str) -> Decision:
-    return Decision(
-        verdict=Verdict.SKIP, rung=Rung.SKIP, reason=reason, drop_batch=True, lr_scale=history.lr_scale
-    )
+    return Decision(verdict=Verdict.SKIP, rung=Rung.SKIP, reason=reason, drop_batch=True, lr_scale=history.lr_scale)
 
 
 def _stop(history: History, reason: str) -> Decision:

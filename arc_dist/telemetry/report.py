@@ -73,6 +73,13 @@ def _seconds(value: Any) -> str:
     return "" if value is None else f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
 
 
+def _cause(incident: dict[str, Any]) -> str:
+    if incident.get("cause"):
+        return str(incident["cause"])
+    kind = str(incident.get("kind", "")).replace("_", " ")
+    return f"{kind}: {incident['reason']}" if incident.get("reason") else kind
+
+
 def _shortened(text: str) -> str:
     """The first line, cut at a width that leaves a table readable; the whole is in the JSON."""
     line = text.partition("\n")[0]
@@ -90,7 +97,7 @@ def _row(incident: dict[str, Any]) -> tuple[str, ...]:
     lost = incident.get("steps_lost")
     return (
         str(incident.get("step", "")),
-        _shortened(str(incident.get("cause") or incident.get("reason") or incident.get("kind", ""))),
+        _shortened(_cause(incident)),
         ",".join(str(rank) for rank in ranks),
         str(incident.get("seen_by", "")),
         seen_after,

@@ -1,4 +1,4 @@
-"""A script that knows nothing of arc: trains, is hurt once, writes what it ends with. Arguments: KIND FAULT DIRECTORY."""
+"""A script that knows nothing of arc: trains, is hurt once, writes what it ends with. Takes KIND FAULT DIR."""
 
 import json
 import math
