@@ -13,17 +13,17 @@ class is what they share. A step goes through it like this::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from arc_dist.cadence import SnapshotCadence
 from arc_dist.errors import TrainingStopped
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
+from arc_dist.incident import incident, one_line, weights_digest
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
 from arc_dist.monitors.state import Probed
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
@@ -244,9 +244,7 @@ class Guard:
         It communicates only while the snapshot cadence is being measured.
         """
         step = self.step
-        every = self.settings.checkpoint_every
-        wanted = self._on_certified is not None and every is not None and step > 0 and step % every == 0
-        if wanted and not (self._unprotected and self.is_stored):
+        if self._is_checkpoint(step) and step != self.cadence.last and not (self._unprotected and self.is_stored):
             self._to_write.add(step)
         if self._to_write and self.agreed & _BUSY:
             self._leave_out_checkpoints()
@@ -254,7 +252,7 @@ class Guard:
             self._certify(self._uncertified.pop(0))
         if self._unprotected:
             self._protect_beginning()
-        elif (wanted or self.cadence.due(step)) and step != self.cadence.last:
+        elif step != self.cadence.last and self.is_due(step):
             self.capture()
         self.cadence.settle(step, self.voter)
 
@@ -283,10 +281,12 @@ class Guard:
     def _protect_beginning(self) -> None:
         """The state that a process begins with is what the user made or what was verified: trusted at once."""
         self._unprotected = False
-        if self.step not in self.certified_steps():
-            self.capture()
-            self._uncertified.clear()
-            self._certify(self.step)
+        if self.step in self.certified_steps():
+            self.cadence.captured(self.step, None)
+            return
+        self.capture()
+        self._uncertified.clear()
+        self._certify(self.step)
 
     def capture(self) -> None:
         """Takes a snapshot of the present state."""
@@ -295,7 +295,8 @@ class Guard:
         small = self.small()
         slot = self.ring.capture(self.step, self._generation, specs, tensors, small)
         if slot is None:
-            logger.warning("no snapshot slot is free at step %d; protection is older than usual", self.step)
+            logger.warning("no snapshot of step %d (%s); protection is older than usual", self.step, self.ring.refusal)
+            self.cadence.captured(self.step, None)
             return
         if self.step not in self._uncertified:
             self._uncertified.append(self.step)
@@ -314,6 +315,7 @@ class Guard:
         slot = self.slot_of(step)
         if slot is None:
             return
+        began = time.perf_counter()
         specs, tensors = self.ring.tensors(slot)
         judged = [
             (spec.name, tensor)
@@ -321,6 +323,7 @@ class Guard:
             if tensor.is_floating_point() and tensor.numel() and self.state.is_judged(spec.name)
         ]
         bad = self.probe.nonfinite(judged)
+        self.cadence.certified(time.perf_counter() - began)
         if bad:
             self.ring.drop(slot)
             self._carried |= (Flag.OPTIMIZER_NONFINITE if bad.startswith("optimizer.") else Flag.WEIGHT_NONFINITE).value
@@ -431,7 +434,7 @@ class Guard:
             "learning_rate": self.rate_monitor.offender if faults & Flag.LEARNING_RATE else None,
             "corrupt": bool(corrupt),
             "certified": self.certified_steps(),
-            "weights": self._weights_digest() if self.replicated else None,
+            "weights": weights_digest(self.state) if self.replicated else None,
         }
         self.details = self.voter.gather(mine, step)
         certified = set(self.details[0]["certified"]).intersection(*(theirs["certified"] for theirs in self.details))
@@ -446,39 +449,12 @@ class Guard:
         return decision
 
     def _report(self, decision: Decision, failed_step: int, seconds: float) -> None:
-        blamed = [theirs for theirs in self.details if theirs["flags"] or theirs["corrupt"]] or self.details
-        causes = sorted({flag for theirs in self.details for flag in theirs["flags"]})
-        if not causes:
-            causes = [decision.reason.split(":")[0]]
-        tensors = sorted({finding["name"] for theirs in blamed for finding in theirs["tensors"]})
-        where = f" in {', '.join(tensors)}" if tensors else ""
-        logger.warning(
-            "step %d: %s on rank %s%s -> %s (%s)",
-            failed_step,
-            ", ".join(causes),
-            ",".join(str(theirs["rank"]) for theirs in blamed),
-            where,
-            decision.rung.value.upper(),
-            decision.reason,
-        )
-        if self._record is None or self.voter.rank != 0:
+        if self.voter.rank != 0:
             return
-        restored = decision.restore_step
-        self._record(
-            kind="numeric",
-            step=failed_step,
-            generation=self._generation,
-            cause=", ".join(causes) + where,
-            ranks=[theirs["rank"] for theirs in blamed],
-            seen_by="vote" if any(theirs["flags"] for theirs in self.details) else "gradient norm, on every rank",
-            seen_after="same step",
-            action=decision.rung.value,
-            restored_step=restored,
-            steps_lost=0 if restored is None else failed_step - 1 - restored,
-            resumed_after_s=seconds,
-            reason=decision.reason,
-            details=self.details,
-        )
+        fields = incident(self.details, decision, failed_step, seconds)
+        logger.warning("%s", one_line(fields))
+        if self._record is not None:
+            self._record(generation=self._generation, **fields)
 
     # ------------------------------------------------------------------ monitors
 
@@ -531,16 +507,6 @@ class Guard:
             return 0
         return Flag.REDUCED_LOSS_EXPLOSION.value & self._heeded
 
-    def _weights_digest(self) -> str:
-        """A digest of the replicated weights, to tell replicas that differ."""
-        digest = hashlib.sha256()
-        specs, tensors = self.state.tensors()
-        for spec, tensor in zip(specs, tensors, strict=True):
-            if not spec.name.startswith("optimizer.") and self.state.is_judged(spec.name) and tensor.numel():
-                word = int(torch.hash_tensor(tensor).view(torch.int64).item())
-                digest.update(word.to_bytes(8, "little", signed=True))
-        return digest.hexdigest()
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -578,65 +544,3 @@ class Guard:
         self._carried = 0
         self._uncertified = [step for step in self._uncertified if step < self.step]
         self._to_write = {step for step in self._to_write if step < self.step}
-
-
-_MEASURED_CAPTURES = 3
-_MEASURING_EVERY = 8
-_MAX_EVERY = 500
-
-
-class SnapshotCadence:
-    """How often snapshots are taken: as set, or so that their cost stays under a share of the step time.
-
-    While measuring, snapshots are taken every 8 updates. The third one finds all memory in place; its cost, and the
-    median step time, give the interval, which is the largest that any rank needs.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._share = settings.snapshot_cost
-        self.every = settings.snapshot_every
-        self._shortest = max(1, -(-settings.certify_after // (settings.snapshots - 1)))
-        self.last = -1
-        self._num_captured = 0
-        self._cost_s = 0.0
-        self._step_times: list[float] = []
-
-    def due(self, step: int) -> bool:
-        """Whether a snapshot is due at this boundary."""
-        return self.last < 0 or step - self.last >= (self.every or _MEASURING_EVERY)
-
-    def observe(self, step_s: float) -> None:
-        """A step took this long, without snapshots and without what the script did between steps."""
-        if self.every is None:
-            self._step_times.append(step_s)
-
-    def captured(self, step: int, cost_s: float) -> None:
-        """A snapshot of `step` was taken at this cost."""
-        self.last = step
-        self._num_captured += 1
-        self._cost_s = cost_s
-
-    def settle(self, step: int, voter: Voter) -> None:
-        """Agrees on the interval once enough was measured. Every rank gets here at the same step."""
-        if self.every is not None or self._num_captured <= _MEASURED_CAPTURES or self.last != step:
-            return
-        times = sorted(self._step_times)
-        step_s = times[len(times) // 2] if times else math.inf
-        need = math.ceil(self._cost_s / (self._share * step_s)) if step_s > 0 else _MAX_EVERY
-        self.every = int(voter.maximum(min(max(need, self._shortest), _MAX_EVERY), step))
-        logger.info(
-            "a snapshot every %d steps: one takes %.2f ms, a step %.2f ms, so %.2f %% of the time",
-            self.every,
-            self._cost_s * 1e3,
-            step_s * 1e3,
-            100.0 * self._cost_s / (self.every * step_s),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"every": self.every, "num_captured": self._num_captured}
-
-    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
-        if self.every is None:
-            self.every = state["every"]
-        self._num_captured = max(self._num_captured, state["num_captured"]) if self.every is None else 0
-        self.last = step

@@ -1,0 +1,81 @@
+"""How often snapshots are taken."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from arc_dist.healing.vote import Voter
+from arc_dist.settings import Settings
+from arc_dist.telemetry.log import logger
+
+_MEASURED_CAPTURES = 3
+_MEASURING_EVERY = 8
+_MAX_EVERY = 500
+
+
+class SnapshotCadence:
+    """How often snapshots are taken: as set, or so that their cost stays under a share of the step time.
+
+    While measuring, snapshots are taken every 8 updates. The third one finds all memory in place; its cost, and the
+    median step time, give the interval, which is the largest that any rank needs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._share = settings.snapshot_cost
+        self.every = settings.snapshot_every
+        self._shortest = max(1, -(-settings.certify_after // (settings.snapshots - 1)))
+        self.last = -1
+        self._num_captured = 0
+        self._cost_s = 0.0
+        self._scan_s = 0.0
+        self._step_times: list[float] = []
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot is due at this boundary."""
+        return self.last < 0 or step - self.last >= (self.every or _MEASURING_EVERY)
+
+    def observe(self, step_s: float) -> None:
+        """A step took this long, without snapshots and without what the script did between steps."""
+        if self.every is None:
+            self._step_times.append(step_s)
+
+    def captured(self, step: int, cost_s: float | None) -> None:
+        """A snapshot of `step` was due, and taken at this cost; None where it existed or could not be taken.
+
+        It counts on every rank alike, whatever became of it there, because the ranks settle at the same count.
+        """
+        self.last = step
+        self._num_captured += 1
+        if cost_s is not None:
+            self._cost_s = cost_s
+
+    def certified(self, scan_s: float) -> None:
+        """Looking through a snapshot before trusting it took this long."""
+        self._scan_s = scan_s
+
+    def settle(self, step: int, voter: Voter) -> None:
+        """Agrees on the interval once enough was measured. Every rank gets here at the same step."""
+        if self.every is not None or self._num_captured <= _MEASURED_CAPTURES or self.last != step:
+            return
+        times = sorted(self._step_times)
+        step_s = times[len(times) // 2] if times else math.inf
+        cost_s = self._cost_s + self._scan_s
+        need = math.ceil(cost_s / (self._share * step_s)) if step_s > 0 else _MAX_EVERY
+        self.every = int(voter.maximum(min(max(need, self._shortest), _MAX_EVERY), step))
+        logger.info(
+            "a snapshot every %d steps: one takes %.2f ms, a step %.2f ms, so %.2f %% of the time",
+            self.every,
+            cost_s * 1e3,
+            step_s * 1e3,
+            100.0 * cost_s / (self.every * step_s),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"every": self.every, "num_captured": self._num_captured}
+
+    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
+        if self.every is None:
+            self.every = state["every"]
+        self._num_captured = max(self._num_captured, state["num_captured"]) if self.every is None else 0
+        self.last = step

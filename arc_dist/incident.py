@@ -1,0 +1,62 @@
+"""What the ranks found out about a fault, as one record and one line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from arc_dist.protocol.healing import Decision
+from arc_dist.snapshot.state import TrainingState
+
+
+def incident(
+    details: Sequence[Mapping[str, Any]], decision: Decision, failed_step: int, seconds: float
+) -> dict[str, Any]:
+    """The record of a numeric fault.
+
+    Args:
+        details: what each rank said in the slow path, in rank order.
+        decision: what all ranks did.
+        failed_step: the step whose update was not applied.
+        seconds: what acting took.
+    """
+    blamed = [theirs for theirs in details if theirs["flags"] or theirs["corrupt"]] or details
+    causes = sorted({flag for theirs in details for flag in theirs["flags"]}) or [decision.reason.split(":")[0]]
+    tensors = sorted({finding["name"] for theirs in blamed for finding in theirs["tensors"]})
+    restored = decision.restore_step
+    return {
+        "kind": "numeric",
+        "step": failed_step,
+        "cause": ", ".join(causes) + (f" in {', '.join(tensors)}" if tensors else ""),
+        "ranks": [theirs["rank"] for theirs in blamed],
+        "seen_by": "vote" if any(theirs["flags"] for theirs in details) else "gradient norm, on every rank",
+        "seen_after": "same step",
+        "action": decision.rung.value,
+        "restored_step": restored,
+        "steps_lost": 0 if restored is None else failed_step - 1 - restored,
+        "resumed_after_s": seconds,
+        "reason": decision.reason,
+        "details": list(details),
+    }
+
+
+def one_line(fields: Mapping[str, Any]) -> str:
+    """The record for the log."""
+    ranks = ",".join(str(rank) for rank in fields["ranks"])
+    return (
+        f"step {fields['step']}: {fields['cause']} on rank {ranks} -> {fields['action'].upper()} ({fields['reason']})"
+    )
+
+
+def weights_digest(state: TrainingState) -> str:
+    """A digest of this rank's weights, to tell replicas that differ."""
+    digest = hashlib.sha256()
+    specs, tensors = state.tensors()
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if not spec.name.startswith("optimizer.") and state.is_judged(spec.name) and tensor.numel():
+            word = int(torch.hash_tensor(tensor).view(torch.int64).item())
+            digest.update(word.to_bytes(8, "little", signed=True))
+    return digest.hexdigest()
