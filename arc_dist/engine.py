@@ -170,22 +170,31 @@ class Engine:
         agree(self.voter, store.check_writable, "the store cannot be used")
         return store
 
-    def resume(self, *, data: BatchSource | None = None, warm_up: Callable[[], None] | None = None) -> Resumed | None:
+    def resume(
+        self, *, data: BatchSource | None = None, warm_up: Callable[[Any], None] | None = None
+    ) -> Resumed | None:
         """Restores the newest state that all ranks can have. Every rank must call this; it blocks.
 
         Args:
             data: positioned at the exact sample too.
-            warm_up: one throw-away forward and backward, see `_needs_warm_up`.
+            warm_up: one throw-away forward and backward of a batch, see `_needs_warm_up`.
         """
         self.guard.data = data
-        self._introduce_store()
+        planned = self.env.plan is not None and self.env.plan["tier"] != "none"
+        if self.env.supervised and self.store is not None and not planned:
+            agree(self.voter, self._introduce_store, "the store cannot be listed")
         found = restore.find(self)
         self._correct_plan(found)
         if found is not None:
             if data is not None and found.small["data"] is not None:
-                agree(self.voter, lambda: data.resume(found.small["data"]), "the data cannot be resumed")
+                position = found.small["data"]
+                agree(self.voter, lambda: data.resume(position), "the data cannot be resumed")
                 if warm_up is not None and self._needs_warm_up(found.step):
-                    warm_up()
+                    if data.sample is not None:
+                        warm_up(data.sample)
+                    else:  # an epoch begins here, and no batch of it has been seen
+                        warm_up(data.next().data)
+                        data.resume(position)
             self.guard.load(found.specs, found.tensors, found.small, cold=True)
             if found.tier == "memory":
                 self.ring.drop_after(found.step)
@@ -203,10 +212,9 @@ class Engine:
 
     def _introduce_store(self) -> None:
         """Lets the supervisors' coordinator know what the script's store holds, for the plans to come."""
-        planned = self.env.plan is not None and self.env.plan["tier"] != "none"
-        if self.rank != 0 or self.store is None or not self.env.supervised or planned:
-            return
         store = self.store
+        if self.rank != 0 or store is None:
+            return
         steps = [
             {"step": info.step, "generation": info.generation, "certified": info.certified} for info in store.steps()
         ]
@@ -232,7 +240,10 @@ class Engine:
     def open_data(self, loader: Iterable[Any], *, steps: int | None, epochs: int | None, exact: bool) -> BatchSource:
         """Makes the batch source, and refuses loaders that would leave ranks waiting for each other."""
         accumulate = self.settings.accumulate
-        length = len(loader) if isinstance(loader, Sized) else None
+        try:
+            length = len(loader) if isinstance(loader, Sized) else None
+        except TypeError:  # a DataLoader over an iterable dataset has a len() that raises
+            length = None
         lengths = self.voter.gather(length, step=0)
         if len(set(lengths)) > 1:
             raise ConfigError(

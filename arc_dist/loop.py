@@ -108,13 +108,10 @@ class GuardedLoop:
                 engine.progressed()
                 yield result
 
-    def warm_up(self) -> None:
-        """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`.
-
-        On a batch before the position: fetching the next one might draw random numbers, which are not restored yet.
-        """
+    def warm_up(self, batch: Any) -> None:
+        """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`."""
         with self._sync.micro_batch(last=True, only=False):
-            self._loss_fn(self._source.sample).backward()
+            self._loss_fn(batch).backward()
         self._zero_grad()
 
     # ------------------------------------------------------------------ one step

@@ -106,3 +106,14 @@ def test_a_bug_in_the_script_is_not_retried_for_ever(tmp_path):
     results, output = job(tmp_path, toy, 2, raises={"1": 9}, code=1)
     assert results == []
     assert 1 <= output.count("the script's own bug at step 9\n") <= 4, output
+
+
+def test_four_ranks_resume_bitwise_at_the_beginning_of_an_epoch(tmp_path):
+    """DDP's buckets must be warmed up there too, where no batch of the new epoch has been seen yet."""
+    toy = Toy(kind="ddp", steps=12, samples=256)  # 8 batches per epoch and rank
+    first = dataclasses.replace(toy, steps=8)
+    store = str(tmp_path / "store")
+    job(tmp_path, first, 4, store=store)
+    results, output = job(tmp_path, toy, 4, store=store)
+    assert results[0]["steps"][0][0] == 9, output
+    assert [result["digest"] for result in results] == undisturbed(toy, 4), output

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,7 @@ class Toy:
     batch_norm: bool = False
     workers: int = 0
     steps: int = 30
+    samples: int = 4096
 
 
 def build_model(toy: Toy) -> nn.Module:
@@ -97,7 +99,7 @@ def build_schedulers(toy: Toy, optimizers: list[torch.optim.Optimizer]) -> list[
 
 
 def build_loader(toy: Toy) -> DataLoader[Batch]:
-    data = Noise()
+    data = Noise(toy.samples)
     return DataLoader(data, batch_size=8, sampler=SeededSampler(data, seed=5), num_workers=toy.workers)
 
 
@@ -110,13 +112,20 @@ def make_loss(toy: Toy, model: nn.Module) -> Callable[[Batch], torch.Tensor]:
     return loss_fn
 
 
+def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Epoch after epoch, as `Arc.train` goes through them."""
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
 def plain(toy: Toy) -> tuple[str, list[float]]:
     """The unguarded loop; the digest of what it ends with, and its losses."""
     model = build_model(toy)
     optimizers = build_optimizers(toy, model)
     schedulers = build_schedulers(toy, optimizers)
     loss_fn = make_loss(toy, model)
-    batches = iter(build_loader(toy))
+    batches = endless(build_loader(toy))
     losses = []
     for _ in range(toy.steps):
         micro_losses = []
