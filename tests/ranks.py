@@ -1,4 +1,4 @@
-"""Real processes for tests: `run_ranks` forks ranks from a server that has imported torch, `run_job` runs a command.
+"""Real rank processes for tests: `run_ranks` forks them from a server that has imported torch.
 
 A rank started this way costs about 0.05 s instead of the two seconds of a fresh interpreter that imports torch. Every
 rank has its own process group and log file, a hard deadline, and ends with the test: no test can leave a process.
@@ -12,31 +12,43 @@ rank has its own process group and log file, a hard deadline, and ends with the 
 
     def test_sum():
         assert run_ranks(2, body, 10) == [10, 10]
+
+`Job`, `run_job` and `run_supervised` (jobs.py) are for whole jobs: a launcher, or supervisors, and a script.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis"]
+import forkserver
+from jobs import Job, JobResult, run_job, run_supervised, torchrun
+
+__all__ = [
+    "Job",
+    "JobResult",
+    "RankOutcome",
+    "RanksFailed",
+    "rank_outcomes",
+    "run_job",
+    "run_ranks",
+    "run_supervised",
+    "torchrun",
+]
+
 PEER_GRACE_S = 10.0  # after the first rank failed or died: how long the others may take to notice
 EXIT_GRACE_S = 10.0  # after the body returned: how long a rank may take to exit
 
@@ -111,7 +123,7 @@ def rank_outcomes(
 
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     directory = Path(tempfile.mkdtemp(prefix="ranks-"))
-    context = _context()
+    context = forkserver.context()
     shared_env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -172,13 +184,7 @@ class _Rank:
         """Kills what is left of the rank and of what it started (its process group)."""
         if self.process.is_alive():
             self.killed = True
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # already gone, with all its children
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(10)
+        forkserver.kill_group(self.process)
         self.pipe.close()
 
     def outcome(self, directory: Path) -> RankOutcome:
@@ -239,12 +245,6 @@ def _describe(outcome: RankOutcome) -> str:
     return text
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)  # without effect once the server runs
-    return context
-
-
 def _rank_main(
     rank: int,
     world_size: int,
@@ -257,19 +257,11 @@ def _rank_main(
     directory: str,
 ) -> None:
     """What runs in the rank."""
-    os.setpgid(0, 0)
-    # The fork server ends when the test process does, and this rank with it.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    log = os.open(f"{directory}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    log = Path(directory, f"rank{rank}.log")
+    forkserver.settle_in(env, log, log)
     faulthandler.enable(file=2)  # type: ignore[arg-type]
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=False)  # type: ignore[arg-type]
     Path(directory, f"rank{rank}.ready").touch()
-    os.environ.clear()
-    os.environ.update(env)
 
     import torch
     import torch.distributed as dist
@@ -296,130 +288,3 @@ def _rank_main(
         pass  # the test has given up on the ranks
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class JobResult:
-    """How a command ended."""
-
-    exit_code: int | None  # None: it was killed at the deadline
-    stdout: str
-    stderr: str
-    seconds: float
-
-    def __repr__(self) -> str:  # so that `assert result.exit_code == 0, result` shows what was said
-        ending = f"exit code {self.exit_code} after {self.seconds:.1f} s"
-        return f"{ending}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
-
-
-class Job:
-    """A command with all the processes it starts, however they detach themselves; use it in a `with` statement.
-
-    Every process is recognised by a mark in its environment, so that launchers that give their workers sessions of
-    their own are cleaned up too.
-    """
-
-    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-        self.mark = f"ARC_TEST_JOB={uuid.uuid4().hex}"
-        name, _, value = self.mark.partition("=")
-        self.argv = list(argv)
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), name: value}
-        self.cwd = cwd
-
-    def __enter__(self) -> Job:
-        self.directory = Path(tempfile.mkdtemp(prefix="job-"))
-        self.started = time.monotonic()
-        with open(self.directory / "stdout", "wb") as out, open(self.directory / "stderr", "wb") as err:
-            self.process = subprocess.Popen(
-                self.argv, env=self.env, cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err
-            )
-        return self
-
-    def stdout(self) -> str:
-        """What has been written so far."""
-        return (self.directory / "stdout").read_text(errors="replace")
-
-    def stderr(self) -> str:
-        """What has been written so far."""
-        return (self.directory / "stderr").read_text(errors="replace")
-
-    def wait(self, timeout_s: float) -> JobResult:
-        """Waits for the command; kills it and all its processes at the deadline."""
-        exit_code: int | None
-        try:
-            exit_code = self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            exit_code = None
-            self.kill()
-        seconds = time.monotonic() - self.started
-        return JobResult(exit_code=exit_code, stdout=self.stdout(), stderr=self.stderr(), seconds=seconds)
-
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-        """Polls until `condition()` is true and returns its value; fails with the output when the job ends first."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            value = condition()
-            if value:
-                return value
-            if self.process.poll() is not None:
-                value = condition()
-                if value:
-                    return value
-                break
-            time.sleep(0.01)
-        state = "ended" if self.process.poll() is not None else "runs"
-        raise AssertionError(
-            f"waited for {what}; the job {state}\n--- stdout\n{self.stdout()}\n--- stderr\n{self.stderr()}"
-        )
-
-    def pids(self) -> list[int]:
-        """All live processes that carry the job's mark."""
-        return [pid for pid in _all_pids() if _has_mark(pid, self.mark)]
-
-    def kill(self) -> None:
-        """SIGKILLs every process of the job, until none is left."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(10)
-        for _ in range(50):  # a process forked while we looked is found in the next round
-            pids = self.pids()
-            if not pids:
-                return
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it ended by itself
-            time.sleep(0.02)
-        raise AssertionError(f"processes {pids} of the job {self.argv} cannot be killed")
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def run_job(
-    argv: Sequence[str], *, timeout_s: float = 60.0, env: Mapping[str, str] | None = None, cwd: Path | None = None
-) -> JobResult:
-    """Runs a command to its end and leaves none of its processes behind."""
-    with Job(argv, env=env, cwd=cwd) as job:
-        return job.wait(timeout_s)
-
-
-def torchrun(num_ranks: int, *args: str) -> list[str]:
-    """The command `torchrun --standalone --nproc-per-node=num_ranks args...` with this interpreter."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [*launcher, *args]
-
-
-def _all_pids() -> list[int]:
-    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-
-
-def _has_mark(pid: int, mark: str) -> bool:
-    try:
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False  # gone, or another user's
-    return state != "Z" and mark.encode() in environ.split(b"\0")

@@ -20,32 +20,31 @@ VARIANTS = {
 }
 
 
-def guarded_run(rank, world_size, toy):
+def pair(toy):
+    """What the guarded and the plain run of a variant end with."""
     job = guarded(toy)
     results = list(job.steps)
     assert [result.number for result in results] == list(range(1, toy.steps + 1))
     assert {result.action for result in results} == {"apply"}
-    return job.digest(), [result.loss for result in results]
+    return (job.digest(), [result.loss for result in results]), plain(toy)
 
 
-def plain_run(rank, world_size, toy):
-    return plain(toy)
+def pairs_body(rank, world_size, toys):
+    return [pair(toy) for toy in toys]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_process(name):
-    assert guarded_run(0, 1, VARIANTS[name]) == plain(VARIANTS[name])
+    mine, theirs = pair(VARIANTS[name])
+    assert mine == theirs
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_ddp(name, world_size):
-    toy = dataclasses.replace(VARIANTS[name], kind="ddp")
-    assert run_ranks(world_size, guarded_run, toy) == run_ranks(world_size, plain_run, toy)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "batch norm"])
-def test_fsdp2(name, world_size):
-    toy = dataclasses.replace(VARIANTS[name], kind="fsdp")
-    assert run_ranks(world_size, guarded_run, toy) == run_ranks(world_size, plain_run, toy)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks(kind, world_size):
+    """All variants in the same processes, which takes a tenth of the time."""
+    names = [name for name in VARIANTS if kind == "ddp" or name != "batch norm"]
+    toys = [dataclasses.replace(VARIANTS[name], kind=kind) for name in names]
+    for rank, pairs in enumerate(run_ranks(world_size, pairs_body, toys, timeout_s=100)):
+        for name, (mine, theirs) in zip(names, pairs):
+            assert mine == theirs, f"{name} on rank {rank}"

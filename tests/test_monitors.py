@@ -155,11 +155,11 @@ def test_any_hurt_is_found_within_one_round(hurt, flag):
     probe = StateProbe()
     tensors = probed(model, optimizer)
     assert probe.watch(tensors, tensors) == NO_FLAGS
-    for step in range(32):
+    for step in range(128):
         assert probe.judge(step) == NO_FLAGS
     hurt(model, optimizer)
     found = NO_FLAGS
-    for step in range(32, 48):
+    for step in range(128, 192):
         found |= probe.judge(step)
     assert found == flag
     in_scan = probe.scan()
@@ -186,7 +186,7 @@ def test_values_that_were_not_finite_from_the_start_are_this_models_way():
     probe.watch(tensors, tensors)
     probe.exempt_present()
     assert probe.scan() == NO_FLAGS
-    assert all(probe.judge(step) == NO_FLAGS for step in range(32))
+    assert all(probe.judge(step) == NO_FLAGS for step in range(128))
 
 
 def test_probing_looks_at_every_byte_once_per_round_in_about_equal_parts():

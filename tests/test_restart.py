@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_job, run_ranks, torchrun
+from ranks import run_job, run_ranks, run_supervised, torchrun
 from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
@@ -27,13 +27,13 @@ def undisturbed(toy, world_size):
 def job(tmp_path, toy, world_size, *, supervised=True, code=0, **config):
     """Runs the toy as a job; returns each rank's result and the job's output."""
     argument = json.dumps({"toy": dataclasses.asdict(toy), "out": str(tmp_path), **config})
-    wrapper = ["-m", "arc_dist", SCRIPT] if supervised else [SCRIPT]
-    if toy.kind == "single":
-        command = [sys.executable, *wrapper, argument]
-    else:
-        command = torchrun(world_size, *wrapper, argument)
     env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
-    done = run_job(command, env=env, timeout_s=100)
+    if supervised:
+        done = run_supervised(world_size, SCRIPT, argument, env=env, timeout_s=100)
+    elif toy.kind == "single":
+        done = run_job([sys.executable, SCRIPT, argument], env=env, timeout_s=100)
+    else:
+        done = run_job(torchrun(world_size, SCRIPT, argument), env=env, timeout_s=100)
     output = done.stdout + done.stderr
     assert done.exit_code == code, output
     files = [tmp_path / f"result-{rank}.json" for rank in range(world_size)]
@@ -46,25 +46,32 @@ def assert_fired(tmp_path, kills):
             assert (tmp_path / f"killed-{rank}-{step}").exists(), f"the kill of rank {rank} at step {step} did not fire"
 
 
-def random_kills(seed, world_size, steps):
+def random_kills(seed, world_size, steps, num_kills):
     rng = random.Random(seed)
-    return {str(rng.randrange(world_size)): [rng.randrange(2, steps)] for _ in range(rng.choice([1, 1, 2]))}
+    kills = {}
+    for step in rng.sample(range(2, steps), num_kills):
+        kills.setdefault(str(rng.randrange(world_size)), []).append(step)
+    return kills
 
 
-CASES = [
-    *[("ddp", 2, seed) for seed in range(6)],
-    *[("fsdp", 2, seed) for seed in range(5)],
-    *[("ddp", 4, seed) for seed in range(5)],
-    *[("fsdp", 4, seed) for seed in range(2)],
-    *[("single", 1, seed) for seed in range(2)],
+CASES = [  # 25 kills in all
+    ("ddp", 2, 4, {}),
+    ("ddp", 2, 4, {"batch_norm": True, "workers": 2}),
+    ("fsdp", 2, 3, {}),
+    ("fsdp", 2, 3, {"workers": 2}),
+    ("ddp", 4, 3, {}),
+    ("ddp", 4, 3, {"batch_norm": True}),
+    ("fsdp", 4, 3, {}),
+    ("single", 1, 2, {}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "world_size", "seed"), CASES)
-def test_kills_at_random_steps_change_no_bit(tmp_path, kind, world_size, seed):
-    toy = Toy(kind=kind, steps=20, batch_norm=kind == "ddp" and seed % 2 == 1, workers=2 if seed == 3 else 0)
-    kills = random_kills(seed, world_size, toy.steps)
-    where = "body" if seed == 4 else "loss"
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_kills_at_random_steps_change_no_bit(tmp_path, case):
+    kind, world_size, num_kills, variant = CASES[case]
+    toy = Toy(kind=kind, steps=24, **variant)
+    kills = random_kills(case, world_size, toy.steps, num_kills)
+    where = "body" if case % 3 == 2 else "loss"
     results, output = job(tmp_path, toy, world_size, kills=kills, where=where)
     assert_fired(tmp_path, kills)
     assert [result["digest"] for result in results] == undisturbed(toy, world_size), output

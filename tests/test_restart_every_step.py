@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_job, torchrun
+from ranks import run_supervised
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "kill_at_steps.py")
 
@@ -19,8 +19,8 @@ def test_no_committed_step_is_lost(snapshot_every: int, tmp_path: Path):
     kills = [(0, 8), (1, 13), (0, 18), (1, 23)]
     plan = ",".join(f"{rank}:{step}" for rank, step in kills)
     log = tmp_path / "steps"
-    command = torchrun(2, "-m", "arc_dist", SCRIPT, str(log), str(snapshot_every), plan)
-    done = run_job(command, timeout_s=100, cwd=tmp_path)
+    arguments = (SCRIPT, str(log), str(snapshot_every), plan)
+    done = run_supervised(2, *arguments, timeout_s=100, cwd=tmp_path)
     assert done.exit_code == 0, done
     committed: dict[tuple[int, int], list[int]] = {}
     for line in log.read_text().splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -315,6 +316,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_other_slot_and_no_torn_one(s
         for info in listed:
             assert_holds(SnapshotRing.open_peer(directory, info.slot), info.step, _NUMEL)
     assert torn, "no kill hit a write, so nothing was tested"
+    shutil.rmtree(directory)  # other tests look at what is left in shared memory
 
 
 # --- memory that is not there ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_job, torchrun
+from ranks import run_job, run_supervised, torchrun
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "unguarded_faults.py")
 
@@ -16,10 +16,14 @@ SCRIPT = str(Path(__file__).parent / "scripts" / "unguarded_faults.py")
 def run(kind, fault, tmp_path, *, guarded=True):
     out = tmp_path / ("guarded" if guarded else "alone")
     out.mkdir()
-    wrapper = ["-m", "arc_dist", SCRIPT] if guarded else [SCRIPT]
-    command = [sys.executable, *wrapper] if kind == "single" else torchrun(2, *wrapper)
+    num_ranks = 1 if kind == "single" else 2
+    arguments = (SCRIPT, kind, fault, str(out))
     env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
-    done = run_job([*command, kind, fault, str(out)], env=env, timeout_s=80)
+    if guarded:
+        done = run_supervised(num_ranks, *arguments, env=env, timeout_s=80)
+    else:
+        command = [sys.executable, *arguments] if kind == "single" else torchrun(num_ranks, *arguments)
+        done = run_job(command, env=env, timeout_s=80)
     assert done.exit_code == 0, str(done)
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     assert sum(result["fired"] for result in results) == (fault != "none")

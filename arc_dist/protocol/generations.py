@@ -214,6 +214,8 @@ def _settled(config: JobConfig, job: Job, event: Settled, now_s: float) -> _Answ
     entry = event.committed
     if entry is None:
         return job, f"step {event.step} was not committed", ()
+    if entry in job.known.committed:
+        return job, f"step {event.step} is known to be committed", ()
     known = dataclasses.replace(job.known, committed=job.known.committed | {entry})
     reached = max(job.reached, entry.step) if entry.generation == job.generation else job.reached
     return dataclasses.replace(job, known=known, reached=reached), f"step {event.step} is committed", (StateMatters(),)

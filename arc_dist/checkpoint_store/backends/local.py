@@ -156,7 +156,8 @@ class LocalBackend:
         """Creates the missing directories below the root; never the root itself, which may be an absent mount."""
         if directory == self.root or directory.is_dir():
             return
-        if directory.exists():
+        # Asked again, because another rank may have made it since.
+        if directory.exists() and not directory.is_dir():
             raise ConfigError(
                 f"{directory} is a file, not a directory. Name another run or directory.", file=str(directory)
             )
