@@ -39,6 +39,7 @@ from arc_dist.telemetry.log import logger, set_up_logging
 from arc_dist.telemetry.recorder import Recorder, append_line
 
 _PROGRESS_EVERY_S = 2.0
+_ENDLESS = 1 << 62
 _END_EXPECTED_WITHIN_S = 5.0  # a supervisor ends the peers of a dead rank within milliseconds
 
 
@@ -239,7 +240,6 @@ class Engine:
 
     def open_data(self, loader: Iterable[Any], *, steps: int | None, epochs: int | None, exact: bool) -> BatchSource:
         """Makes the batch source, and refuses loaders that would leave ranks waiting for each other."""
-        accumulate = self.settings.accumulate
         try:
             length = len(loader) if isinstance(loader, Sized) else None
         except TypeError:  # a DataLoader over an iterable dataset has a len() that raises
@@ -253,12 +253,9 @@ class Engine:
             )
         # Without a length nobody knows when a rank runs dry, so the ranks ask each other before every step.
         self.must_agree_on_data = self.world_size > 1 and length is None
-        return BatchSource(
-            loader,
-            epochs=epochs,
-            steps=None if steps is None else steps * accumulate,
-            exact=exact,
-        )
+        # The loop counts updates; how many batches they need is not known, since some are dropped on the way.
+        endless = steps is not None and epochs is None
+        return BatchSource(loader, epochs=epochs, steps=_ENDLESS if endless else None, exact=exact)
 
     def trained_parameters(self) -> list[torch.Tensor]:
         """All parameters of all optimizers, each once, in the models' order.
