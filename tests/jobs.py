@@ -157,6 +157,24 @@ def run_supervised(
     forked from the fork server; what they start is theirs, as always. The exit code is that of the supervisor that
     failed first, or minus the signal that ended it.
     """
+    return _run(num_ranks, ("-m", "arc_dist", *arguments), timeout_s=timeout_s, env=env, cwd=cwd)
+
+
+def run_plain(
+    num_ranks: int,
+    script: str,
+    *arguments: str,
+    timeout_s: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> JobResult:
+    """Runs `python script arguments...` on every rank, as plain torchrun would; see `run_supervised`."""
+    return _run(num_ranks, (script, *arguments), timeout_s=timeout_s, env=env, cwd=cwd)
+
+
+def _run(
+    num_ranks: int, command: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None, cwd: Path | None
+) -> JobResult:
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -178,11 +196,11 @@ def run_supervised(
     try:
         for rank in range(num_ranks):
             rank_env = {**job_env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            target = (rank_env, str(directory), str(cwd or os.getcwd()), list(arguments))
-            process = forkserver.context().Process(target=_supervisor_main, args=target, name=f"supervisor{rank}")
+            target = (rank_env, str(directory), str(cwd or os.getcwd()), list(command))
+            process = forkserver.context().Process(target=_python, args=target, name=f"rank{rank}")
             process.start()
             ranks.append(process)
-        exit_code = _await_supervisors(ranks, deadline=started + timeout_s)
+        exit_code = _await(ranks, deadline=started + timeout_s)
     finally:
         for process in ranks:
             forkserver.kill_group(process)
@@ -192,8 +210,8 @@ def run_supervised(
     return JobResult(exit_code=exit_code, stdout=output["stdout"], stderr=output["stderr"], seconds=seconds)
 
 
-def _await_supervisors(processes: Sequence[Any], *, deadline: float) -> int | None:
-    """The exit code of the first that failed, 0 when all ended well, None at the deadline."""
+def _await(processes: Sequence[Any], *, deadline: float) -> int | None:
+    """The exit code of the process that failed first, 0 when all ended well, None at the deadline."""
     failed: int | None = None
     waiting = list(processes)
     while waiting:
@@ -210,15 +228,25 @@ def _await_supervisors(processes: Sequence[Any], *, deadline: float) -> int | No
     return failed or 0
 
 
-def _supervisor_main(env: dict[str, str], directory: str, cwd: str, arguments: list[str]) -> None:
+def _python(env: dict[str, str], directory: str, cwd: str, command: list[str]) -> None:
+    """Goes on as `python *command` would."""
     forkserver.settle_in(env, Path(directory, "stdout"), Path(directory, "stderr"))
     os.chdir(cwd)
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
     # The script shall see the modules that it would see when started by hand.
-    sys.path[:] = [cwd] + [entry for entry in sys.path if Path(entry).parent != TESTS.parent]
-    sys.argv = ["arc_dist", *arguments]
-    runpy.run_module("arc_dist", run_name="__main__", alter_sys=True)
+    sys.path[:] = [entry for entry in sys.path if Path(entry).parent != TESTS.parent]
+    try:
+        if command[0] == "-m":
+            sys.path.insert(0, cwd)
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(command[0]).resolve().parent))
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
 
 
 def _read(path: Path) -> str:

@@ -13,7 +13,7 @@ rank has its own process group and log file, a hard deadline, and ends with the 
     def test_sum():
         assert run_ranks(2, body, 10) == [10, 10]
 
-`Job`, `run_job` and `run_supervised` (jobs.py) are for whole jobs: a launcher, or supervisors, and a script.
+`Job`, `run_job`, `run_supervised` and `run_plain` (jobs.py) are for whole jobs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import forkserver
-from jobs import Job, JobResult, run_job, run_supervised, torchrun
+from jobs import Job, JobResult, run_job, run_plain, run_supervised, torchrun
 
 __all__ = [
     "Job",
@@ -44,6 +44,7 @@ __all__ = [
     "RanksFailed",
     "rank_outcomes",
     "run_job",
+    "run_plain",
     "run_ranks",
     "run_supervised",
     "torchrun",

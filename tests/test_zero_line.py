@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from ranks import run_job, run_supervised, torchrun
+from ranks import run_plain, run_supervised
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "unguarded_faults.py")
 
@@ -19,11 +18,8 @@ def run(kind, fault, tmp_path, *, guarded=True):
     num_ranks = 1 if kind == "single" else 2
     arguments = (SCRIPT, kind, fault, str(out))
     env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
-    if guarded:
-        done = run_supervised(num_ranks, *arguments, env=env, timeout_s=80)
-    else:
-        command = [sys.executable, *arguments] if kind == "single" else torchrun(num_ranks, *arguments)
-        done = run_job(command, env=env, timeout_s=80)
+    run_them = run_supervised if guarded else run_plain
+    done = run_them(num_ranks, *arguments, env=env, timeout_s=80)
     assert done.exit_code == 0, str(done)
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     assert sum(result["fired"] for result in results) == (fault != "none")
