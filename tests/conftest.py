@@ -67,10 +67,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def shm_root() -> Iterator[Path]:
-    """A directory for snapshots on the memory file system, removed at the end whatever the tests leave in it."""
+def _shm_of_session() -> Iterator[Path]:
     parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix=f"arc-tests-{os.getpid()}-", dir=parent))
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def shm_root(_shm_of_session: Path) -> Iterator[Path]:
+    """A directory of the test's own on the memory file system, removed at its end whatever the test leaves in it."""
+    root = Path(tempfile.mkdtemp(dir=_shm_of_session))
     yield root
     shutil.rmtree(root, ignore_errors=True)
 
