@@ -35,6 +35,8 @@ SETTINGS = {  # name: (ranks, clipping)
     "gpt50m": [(2, True), (2, False)],
 }
 
+BLOCKS = {"mlp": (100, 100), "gpt10m": (4, 20), "gpt50m": (2, 8)}  # steps per block, pairs of blocks
+
 
 def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, Any], torch.Tensor], Any, str]:
     """A model, its loss, one batch, and words about the batch."""
@@ -85,8 +87,8 @@ def measure(rank: int, world_size: int, name: str, clip: bool, args: argparse.Na
     for _ in range(args.warm_up):
         unguarded()
         guarded()
-    block = args.block if name == "mlp" else max(2, args.block // 25)
-    pairs = args.pairs if name == "mlp" else max(8, args.pairs // 5)
+    block, pairs = BLOCKS[name]
+    pairs = max(2, round(pairs * args.scale))
     wall, cpu = [], []
     for i in range(pairs):
         order = (unguarded, guarded) if i % 2 else (guarded, unguarded)
@@ -128,9 +130,8 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--block", type=int, default=100, help="steps per block (MLP; a 25th for the GPTs)")
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of blocks (MLP; a 5th for the GPTs)")
-    parser.add_argument("--warm-up", type=int, default=40, help="steps of each arm before measuring")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of pairs of blocks")
+    parser.add_argument("--warm-up", type=int, default=26, help="steps of each arm before measuring (cadence: 25)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, 1 thread per rank, fused AdamW\n")
