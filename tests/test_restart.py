@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
-from ranks import run_job, run_ranks, run_supervised, torchrun
+from ranks import run_plain, run_ranks, run_supervised
 from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
@@ -28,12 +27,8 @@ def job(tmp_path, toy, world_size, *, supervised=True, code=0, **config):
     """Runs the toy as a job; returns each rank's result and the job's output."""
     argument = json.dumps({"toy": dataclasses.asdict(toy), "out": str(tmp_path), **config})
     env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
-    if supervised:
-        done = run_supervised(world_size, SCRIPT, argument, env=env, timeout_s=100)
-    elif toy.kind == "single":
-        done = run_job([sys.executable, SCRIPT, argument], env=env, timeout_s=100)
-    else:
-        done = run_job(torchrun(world_size, SCRIPT, argument), env=env, timeout_s=100)
+    run = run_supervised if supervised else run_plain
+    done = run(world_size, SCRIPT, argument, env=env, timeout_s=100)
     output = done.stdout + done.stderr
     assert done.exit_code == code, output
     files = [tmp_path / f"result-{rank}.json" for rank in range(world_size)]
