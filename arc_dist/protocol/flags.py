@@ -31,9 +31,7 @@ class Flag(enum.IntFlag):
     LEARNING_RATE = 1 << 13
     REDUCED_LOSS_EXPLOSION = 1 << 14
     # Requests.
-    CHECKPOINT_DUE = 1 << 32
     PREEMPT = 1 << 33
-    END_OF_DATA = 1 << 34
     CHECKPOINT_BUSY = 1 << 35  # a checkpoint is still being written: none may be begun
 
 
@@ -51,7 +49,7 @@ STATE_FAULTS = (
     | Flag.REDUCED_LOSS_EXPLOSION
 )
 FAULTS = UPDATE_FAULTS | STATE_FAULTS
-REQUESTS = Flag.CHECKPOINT_DUE | Flag.PREEMPT | Flag.END_OF_DATA | Flag.CHECKPOINT_BUSY
+REQUESTS = Flag.PREEMPT | Flag.CHECKPOINT_BUSY
 
 
 def merge(a: Flag, b: Flag) -> Flag:
