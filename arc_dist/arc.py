@@ -128,7 +128,7 @@ class Arc:
         self._training = True
         engine = self._engine
         try:
-            engine.start(norm_is_global=self._clipped_everywhere())
+            engine.start(norm_is_global=self._clipped_everywhere(), owns_backward=True)
             source = engine.open_data(loader, steps=steps, epochs=epochs, exact=exact)
             loop = GuardedLoop(engine, loss_fn, source, steps)
             engine.resume(data=source, warm_up=loop.warm_up)

@@ -1,4 +1,4 @@
-"""How often snapshots are taken."""
+"""How often snapshots are taken, and how often ranks vote that need not at every step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from arc_dist.telemetry.log import logger
 _MEASURED_CAPTURES = 3
 _MEASURING_EVERY = 8
 _MAX_EVERY = 500
+_VOTE_AFTER = 24  # step times measured before the vote's cadence is agreed on
+_VOTE_WITHIN_S = 0.05
+_MAX_VOTE_EVERY = 32
 
 
 class SnapshotCadence:
@@ -30,10 +33,15 @@ class SnapshotCadence:
         self._cost_s = 0.0
         self._scan_s = 0.0
         self._step_times: list[float] = []
+        self.spent_s = 0.0  # on captures and scans so far
+
+    def next_due(self) -> int:
+        """The step at whose boundary the next snapshot is due."""
+        return 0 if self.last < 0 else self.last + (self.every or _MEASURING_EVERY)
 
     def due(self, step: int) -> bool:
         """Whether a snapshot is due at this boundary."""
-        return self.last < 0 or step - self.last >= (self.every or _MEASURING_EVERY)
+        return step >= self.next_due()
 
     def observe(self, step_s: float) -> None:
         """A step took this long, without snapshots and without what the script did between steps."""
@@ -49,10 +57,12 @@ class SnapshotCadence:
         self._num_captured += 1
         if cost_s is not None:
             self._cost_s = cost_s
+            self.spent_s += cost_s
 
     def certified(self, scan_s: float) -> None:
         """Looking through a snapshot before trusting it took this long."""
         self._scan_s = scan_s
+        self.spent_s += scan_s
 
     def settle(self, step: int, voter: Voter) -> None:
         """Agrees on the interval once enough was measured. Every rank gets here at the same step."""
@@ -79,3 +89,44 @@ class SnapshotCadence:
             self.every = state["every"]
         self._num_captured = max(self._num_captured, state["num_captured"]) if self.every is None else 0
         self.last = step
+
+
+class VoteCadence:
+    """At how many of its steps a job votes whose gradients already carry every fault to all ranks.
+
+    What is left to vote on there are requests (an orderly end, a checkpoint still being written), which may take
+    `_VOTE_WITHIN_S` to be heard. So steps of that length or more each have a vote, hidden behind their backward; where
+    steps are as short as the vote itself, it goes with every few of them.
+
+    Args:
+        is_fixed: vote at every step, measuring nothing.
+    """
+
+    def __init__(self, *, is_fixed: bool) -> None:
+        self.every = 1
+        self._step_times: list[float] | None = None if is_fixed else []
+
+    @property
+    def is_settled(self) -> bool:
+        return self._step_times is None
+
+    def observe(self, step_s: float, step: int, voter: Voter) -> None:
+        """A step took this long. Every rank calls it after the same steps; it blocks once, to agree."""
+        if self._step_times is None:
+            return
+        self._step_times.append(step_s)
+        if len(self._step_times) < _VOTE_AFTER:
+            return
+        slowest = voter.maximum(sorted(self._step_times)[_VOTE_AFTER // 2], step)
+        self.every = max(1, min(int(_VOTE_WITHIN_S / max(slowest, 1e-9)), _MAX_VOTE_EVERY))
+        self._step_times = None
+        if self.every > 1:
+            logger.info("a step takes %.2f ms: requests are voted on every %d steps", slowest * 1e3, self.every)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"every": self.every, "is_settled": self.is_settled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not self.is_settled and state["is_settled"]:
+            self.every = state["every"]
+            self._step_times = None

@@ -27,7 +27,7 @@ from arc_dist.data.source import BatchSource
 from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter, agree, require_equal_settings
-from arc_dist.parallel import Parallelism, ddp_modules, parallelism
+from arc_dist.parallel import Parallelism, ddp_modules, gradients_reach_all, parallelism
 from arc_dist.protocol.flags import Flag
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
@@ -90,8 +90,13 @@ class Engine:
 
     # ------------------------------------------------------------------ starting
 
-    def start(self, *, norm_is_global: bool, restore_rates: bool = True) -> None:
-        """Sets everything up. Every rank must call this; it blocks."""
+    def start(self, *, norm_is_global: bool, owns_backward: bool = False) -> None:
+        """Sets everything up. Every rank must call this; it blocks.
+
+        Args:
+            norm_is_global: see `Guard`.
+            owns_backward: the caller can let gradients carry votes.
+        """
         settings, env = self.settings, self.env
         self.voter = Voter(timeout_s=settings.vote_timeout_s)
         self.rank, self.world_size = self.voter.rank, self.voter.world_size
@@ -127,14 +132,19 @@ class Engine:
             ring=self.ring,
             replicated=self.parallelism is Parallelism.REPLICATED,
             norm_is_global=norm_is_global or self.parallelism is Parallelism.REPLICATED,
+            carries_votes=owns_backward and self._gradients_carry_votes(),
             generation=env.generation,
             record=self.record,
             on_certified=self._checkpointer.submit if self._checkpointer is not None else None,
             on_abandoned=self._abandon,
             is_writing=self._checkpointer.is_writing if self._checkpointer is not None else None,
-            restore_rates=restore_rates,
         )
         self.started = True
+
+    def _gradients_carry_votes(self) -> bool:
+        if self.parallelism is not Parallelism.REPLICATED or self.state.scaler is not None:
+            return False  # a gradient scaler drops steps with a NaN by itself, before they are judged
+        return gradients_reach_all(self.state.models.values(), self.world_size)
 
     def _abandon(self, from_step: int, to_step: int) -> None:
         """A rollback went below certified steps: what was saved of them belongs to a history that did not happen."""
@@ -200,7 +210,7 @@ class Engine:
             if found.tier == "memory":
                 self.ring.drop_after(found.step)
             elif self._checkpointer is not None:
-                self.guard.is_stored = True
+                self.guard.protection.is_stored = True
                 self._checkpointer.committed.append(found.step)
             self.resumed = Resumed(found.step, found.tier)
             logger.info("continuing after step %d, restored from %s", found.step, found.tier)
@@ -350,7 +360,7 @@ class Engine:
             return False
         writer.wait()
         if step not in writer.committed:
-            slot = self.guard.slot_of(step)
+            slot = self.guard.protection.slot_of(step)
             assert slot is not None, f"step {step} was sealed but is not held"
             writer.submit(step, slot)
             writer.wait()
@@ -380,7 +390,7 @@ class Engine:
         guard = self.guard
         recorded = record.read(guard.step)
         # A snapshot of this very step that is not trusted yet would be passed over: it is written again, as parting.
-        if recorded is None or guard.step in guard.certified_steps():
+        if recorded is None or guard.step in guard.protection.certified_steps():
             return
         small = guard.small()
         small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}

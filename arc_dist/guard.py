@@ -13,13 +13,14 @@ class is what they share. A step goes through it like this::
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from arc_dist.cadence import SnapshotCadence
+from arc_dist.cadence import VoteCadence
 from arc_dist.errors import TrainingStopped
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
@@ -27,6 +28,7 @@ from arc_dist.incident import incident, one_line, weights_digest
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
 from arc_dist.monitors.state import Probed
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
+from arc_dist.protection import Protection
 from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
@@ -36,6 +38,7 @@ from arc_dist.telemetry.log import logger
 _FAULTS = int(FAULTS)
 _REQUESTS = int(REQUESTS)
 _BUSY = int(Flag.CHECKPOINT_BUSY)
+_INF = math.inf
 
 
 class DataPort(Protocol):
@@ -46,7 +49,7 @@ class DataPort(Protocol):
     def skip(self, ordinal: int) -> None: ...
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Attempt:
     """What this rank knows about the step being attempted, for the incident if there is one."""
 
@@ -55,6 +58,7 @@ class Attempt:
     norm: float | None = None
     optimizer: int = 0
     flags: int = 0
+    voids_gradient: bool = False  # the gradient was made NaN on purpose, to carry the flags
 
 
 class Guard:
@@ -67,6 +71,8 @@ class Guard:
         ring: where snapshots are kept.
         replicated: the gradient is the same on all ranks after the reduction (DDP), so its norm is an implicit vote.
         norm_is_global: the norm given to `conclude` is the same number on every rank (DDP, or FSDP with clipping).
+        carries_votes: a NaN in one rank's gradient reaches every rank's, and the caller obeys `begin_vote`. Then faults
+            need no message; what is left to vote on goes with every few steps if they are short.
         record: called with each incident, on rank 0.
         on_certified: called with (step, slot) when a snapshot that shall become a checkpoint is trusted.
         on_abandoned: called with (first, last) of the steps up to the newest certified one that a rollback gave up.
@@ -83,6 +89,7 @@ class Guard:
         ring: SnapshotRing,
         replicated: bool,
         norm_is_global: bool,
+        carries_votes: bool = False,
         generation: int = 0,
         record: Callable[..., None] | None = None,
         on_certified: Callable[[int, int], None] | None = None,
@@ -104,10 +111,13 @@ class Guard:
         self._asked = 0  # requests of this rank; they stay up, so a signal in mid-step is not lost
         self.last_decision: Decision | None = None
         self.attempt = Attempt()
-        self._votes_early = norm_is_global or voter.world_size == 1
+        self._carries_votes = carries_votes and bool(settings.heeded & Flag.GRAD_NONFINITE)
+        self.vote_cadence = VoteCadence(is_fixed=not self._carries_votes)
+        self._is_alone = voter.world_size == 1
+        self._votes_early = norm_is_global
+        self._is_voting = True  # on the step at hand
         self._generation = generation
         self._record = record
-        self._on_certified = on_certified
         self._on_abandoned = on_abandoned
         self._is_writing = is_writing
         self._restore_rates = restore_rates
@@ -128,40 +138,64 @@ class Guard:
         self._watched: object = None
         self._num_states = -1
         self.details: list[dict[str, Any]] = []
-        self.cadence = SnapshotCadence(settings)
-        self._uncertified: list[int] = []  # steps of snapshots that still have to prove themselves
-        self._to_write: set[int] = set()
-        self._unprotected = True  # no snapshot of this process's beginning yet
-        self.is_stored = False  # the state this process began with is a committed checkpoint
+        self.protection = Protection(
+            state=state,
+            settings=settings,
+            voter=voter,
+            ring=ring,
+            probe=self.probe,
+            generation=generation,
+            small=self.small,
+            record=record,
+            on_certified=on_certified,
+        )
 
     # ------------------------------------------------------------------ one step
 
-    def begin_vote(self, losses: Sequence[float], ordinals: Sequence[int]) -> None:
+    def begin_vote(self, losses: tuple[float, ...], ordinals: tuple[int, ...]) -> bool:
         """Judges what this rank alone can see and sends its ballot. Does not block.
 
         Args:
             losses: this rank's loss of each micro-batch.
             ordinals: which batches they were.
+
+        Returns:
+            Whether this rank's gradient must carry its ballot: every gradient that the coming backward makes has to be
+            NaN, so that all ranks see one after the reduction. Only where `carries_votes` was set.
         """
-        flags = self._carried
-        self._carried = 0
+        flags, self._carried = self._carried, 0
+        loss_monitor = self.loss_monitor
         for loss in losses:
-            found = self.loss_monitor.judge(loss)
-            if found:
-                flags |= found.value
-        found = self.rate_monitor.judge()
-        if found:
-            flags |= found.value
-        flags |= self._probe()
-        asked = self._asked
-        if self._is_writing is not None and self._is_writing():
-            asked |= _BUSY
+            if not -_INF < loss <= loss_monitor.threshold:
+                flags |= loss_monitor.judge(loss).value
+        flags |= self.rate_monitor.judge().value | self._probe()
+        flags &= self._heeded
         attempt = self.attempt
-        attempt.losses, attempt.ordinals, attempt.norm = tuple(losses), tuple(ordinals), None
-        attempt.flags = (flags & self._heeded) | asked
-        if self._votes_early:
-            self.voter.begin(attempt.flags)
-            self._begin_mean()
+        attempt.losses = losses
+        attempt.ordinals = ordinals
+        attempt.flags = flags
+        attempt.voids_gradient = False
+        self._is_voting = not self._carries_votes or self._is_vote_due(self.step + 1)
+        if not self._is_voting:
+            attempt.voids_gradient = flags != 0
+            return attempt.voids_gradient
+        if self._asked:
+            attempt.flags |= self._asked
+        if self._is_writing is not None and self._is_writing():
+            attempt.flags |= _BUSY
+        if self._votes_early and not self._is_alone:
+            self._send_ballot()
+        return False
+
+    def _is_vote_due(self, step: int) -> bool:
+        return step % self.vote_cadence.every == 0 or self.protection.is_checkpoint_near(step)
+
+    def _send_ballot(self) -> None:
+        self.voter.begin(self.attempt.flags)
+        if self._loss_count >= self.settings.reduce_loss_every:
+            self.voter.begin_mean(self._loss_sum, self._loss_count)
+            self._loss_sum, self._loss_count = 0.0, 0
+            self._mean_pending = True
 
     def request(self, flag: Flag) -> None:
         """Asks all ranks for something with the next ballot."""
@@ -178,18 +212,24 @@ class Guard:
         """
         attempt = self.attempt
         attempt.norm = norm
+        monitor = self.gradient_monitors[0]
+        faults = 0
+        if norm is not None and not monitor.lowest <= norm <= monitor.threshold:
+            faults = monitor.judge(norm).value & self._heeded
         step = self.step + 1
-        seen = self._judge_norm(norm, 0)
-        if not self._votes_early:
-            attempt.flags |= seen
-            self.voter.begin(attempt.flags)
-            self._begin_mean()
-        merged = self.voter.result(step) | seen
-        if self._mean_pending:
-            merged |= self._judge_mean(step)
-        self.agreed = merged & _REQUESTS
-        if merged & _FAULTS:
-            return self._decide(Flag(merged & _FAULTS), step)
+        if self._is_voting:
+            merged = attempt.flags
+            if not self._is_alone:
+                if not self._votes_early:
+                    attempt.flags |= faults
+                    self._send_ballot()
+                merged = self.voter.result(step)
+                if self._mean_pending:
+                    faults |= self._judge_mean(step)
+            self.agreed = merged & _REQUESTS
+            faults |= merged & _FAULTS
+        if faults:
+            return self._decide(Flag(faults), step)
         history = self.history
         if history.mode is not Mode.TRAINING or history.skips_in_a_row or history.lr_scale != 1.0:
             self.history, decision = healthy(self.settings.policy, history, step)
@@ -205,7 +245,7 @@ class Guard:
         attempt.norm = norm
         attempt.optimizer = optimizer
         step = self.step + 1
-        seen = self._judge_norm(norm, optimizer)
+        seen = self.gradient_monitors[optimizer].judge(norm).value & self._heeded
         if not attempt.losses:
             seen |= self._probe() & self._heeded  # no loss was voted on, so this is the step's only ballot
         local = bool(not attempt.losses) or not self.replicated
@@ -215,26 +255,22 @@ class Guard:
             seen = self.voter.result(step)
         return self._decide(Flag(seen & _FAULTS), step) if seen & _FAULTS else None
 
-    def _judge_norm(self, norm: float | None, optimizer: int) -> int:
-        if norm is None:
-            return 0
-        found = self.gradient_monitors[optimizer].judge(norm)
-        return found.value & self._heeded if found else 0
-
     def committed(self) -> None:
         """The update that `conclude` allowed has been applied."""
-        self.step += 1
-        if self.step > self.furthest:
-            self.furthest = self.step
+        self.step = step = self.step + 1
+        if step > self.furthest:
+            self.furthest = step
         attempt = self.attempt
-        if attempt.losses:
-            loss = sum(attempt.losses) / len(attempt.losses)
+        losses = attempt.losses
+        if losses:
+            loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
             self.loss_monitor.accept(loss)
             self._loss_sum += loss
             self._loss_count += 1
         if attempt.norm is not None:
             self.gradient_monitors[attempt.optimizer].accept(attempt.norm)
-        self.rate_monitor.accept()
+        if self.rate_monitor.has_risen:
+            self.rate_monitor.accept()
 
     # ------------------------------------------------------------------ between steps
 
@@ -243,64 +279,21 @@ class Guard:
 
         It communicates only while the snapshot cadence is being measured.
         """
-        step = self.step
-        if self._is_checkpoint(step) and step != self.cadence.last and not (self._unprotected and self.is_stored):
-            self._to_write.add(step)
-        if self._to_write and self.agreed & _BUSY:
-            self._leave_out_checkpoints()
-        if self._uncertified and step - self._uncertified[0] >= self.settings.certify_after:
-            self._certify(self._uncertified.pop(0))
-        if self._unprotected:
-            self._protect_beginning()
-        elif step != self.cadence.last and self.is_due(step):
-            self.capture()
-        self.cadence.settle(step, self.voter)
+        if self.step >= self.protection.quiet_until:
+            self._carried |= self.protection.boundary(self.step, is_writing=bool(self.agreed & _BUSY)).value
 
-    def _leave_out_checkpoints(self) -> None:
-        """Gives up the checkpoints that wait for trust, because some rank still writes an earlier one.
+    @property
+    def is_measuring(self) -> bool:
+        """Whether `observe` has anything to learn."""
+        return self.protection.cadence.every is None or not self.vote_cadence.is_settled
 
-        On all ranks alike: one that a single rank left out would never be whole, and the others would wait for it.
-        The vote that said so is from before this boundary, and only a boundary begins writing, so a rank that has
-        finished meanwhile does not matter, and none can have begun.
+    def observe(self, step_s: float) -> None:
+        """The step just committed took this long, without snapshots and what the script did between steps.
+
+        Every rank must call it after the same steps; it may block, once.
         """
-        reason = "the one before is still being written"
-        for step in sorted(self._to_write) if self.voter.rank == 0 else ():
-            logger.warning("checkpoint of step %d left out: %s", step, reason)
-            if self._record is not None:
-                self._record(kind="checkpoint_late", step=step, generation=self._generation, reason=reason)
-        self._to_write.clear()
-
-    def is_due(self, step: int) -> bool:
-        """Whether the boundary after `step` updates takes a snapshot."""
-        return self.cadence.due(step) or self._is_checkpoint(step)
-
-    def _is_checkpoint(self, step: int) -> bool:
-        every = self.settings.checkpoint_every
-        return self._on_certified is not None and every is not None and step > 0 and step % every == 0
-
-    def _protect_beginning(self) -> None:
-        """The state that a process begins with is what the user made or what was verified: trusted at once."""
-        self._unprotected = False
-        if self.step in self.certified_steps():
-            self.cadence.captured(self.step, None)
-            return
-        self.capture()
-        self._uncertified.clear()
-        self._certify(self.step)
-
-    def capture(self) -> None:
-        """Takes a snapshot of the present state."""
-        began = time.perf_counter()
-        specs, tensors = self.state.tensors()
-        small = self.small()
-        slot = self.ring.capture(self.step, self._generation, specs, tensors, small)
-        if slot is None:
-            logger.warning("no snapshot of step %d (%s); protection is older than usual", self.step, self.ring.refusal)
-            self.cadence.captured(self.step, None)
-            return
-        if self.step not in self._uncertified:
-            self._uncertified.append(self.step)
-        self.cadence.captured(self.step, time.perf_counter() - began)
+        self.protection.cadence.observe(step_s)
+        self.vote_cadence.observe(step_s, self.step, self.voter)
 
     def small(self) -> dict[str, Any]:
         """Everything a snapshot holds beside tensors."""
@@ -309,30 +302,6 @@ class Guard:
             "guard": self.state_dict(),
             "data": self.data.position() if self.data is not None else None,
         }
-
-    def _certify(self, step: int) -> None:
-        """A snapshot is trusted once later steps were healthy and each of its numbers is finite."""
-        slot = self.slot_of(step)
-        if slot is None:
-            return
-        began = time.perf_counter()
-        specs, tensors = self.ring.tensors(slot)
-        judged = [
-            (spec.name, tensor)
-            for spec, tensor in zip(specs, tensors, strict=True)
-            if tensor.is_floating_point() and tensor.numel() and self.state.is_judged(spec.name)
-        ]
-        bad = self.probe.nonfinite(judged)
-        self.cadence.certified(time.perf_counter() - began)
-        if bad:
-            self.ring.drop(slot)
-            self._carried |= (Flag.OPTIMIZER_NONFINITE if bad.startswith("optimizer.") else Flag.WEIGHT_NONFINITE).value
-            logger.warning("the snapshot of step %d holds a value that is not finite in %s", step, bad)
-            return
-        self.ring.certify(step)
-        if step in self._to_write and self._on_certified is not None:
-            self._to_write.discard(step)
-            self._on_certified(step, slot)
 
     def seal(self) -> Decision | None:
         """Makes the present state trusted at once, by looking at all of it: at the end, or before leaving.
@@ -347,15 +316,8 @@ class Guard:
         merged = self.voter.result(self.step)
         if merged & _FAULTS:
             return self._decide(Flag(merged & _FAULTS), self.step)
-        if self.slot_of(self.step) is None:
-            self.capture()
-        self._uncertified = [step for step in self._uncertified if step != self.step]
-        self.ring.certify(self.step)
+        self.protection.seal(self.step)
         return None
-
-    def slot_of(self, step: int) -> int | None:
-        """The slot that holds `step`, or None."""
-        return next((info.slot for info in self.ring.held() if info.step == step), None)
 
     # ------------------------------------------------------------------ faults
 
@@ -381,18 +343,16 @@ class Guard:
         if decision.rung is Rung.STOP:
             raise TrainingStopped(
                 f"training stopped at step {failed_step}: {decision.reason}. The newest certified state is step "
-                f"{max(self.certified_steps(), default=None)}. Look at the batches and ranks named in the report.",
+                f"{max(self.protection.certified_steps(), default=None)}. Look at the batches and ranks named in the report.",
                 step=failed_step,
             )
 
     def restore_memory(self, step: int) -> None:
         """Restores the snapshot of `step` in place, bit for bit, with everything that belongs to it."""
-        slot = self.slot_of(step)
-        assert slot is not None, f"step {step} was agreed on but is not held"
-        newest = max(self.certified_steps())
+        newest = max(self.protection.certified_steps())
         if newest > step and self._on_abandoned is not None:
             self._on_abandoned(step + 1, newest)
-        specs, tensors, small = self.ring.restore(slot)
+        specs, tensors, small = self.protection.take_out(step)
         self.load(specs, tensors, small, cold=False)
         self.ring.drop_after(step)
 
@@ -413,10 +373,6 @@ class Guard:
         self.state.restore(specs, tensors, small["training"] if self._restore_rates else None)
         self.load_state_dict(small["guard"], with_history=cold)
 
-    def certified_steps(self) -> list[int]:
-        """Steps this rank holds a certified snapshot of, newest first."""
-        return sorted((info.step for info in self.ring.held() if info.certified), reverse=True)
-
     def _decide(self, faults: Flag, step: int) -> Decision:
         """The slow path: details of all ranks, then the pure decision. Every rank gets here together."""
         self._watch()
@@ -427,16 +383,22 @@ class Guard:
         mine = {
             "rank": self.voter.rank,
             "flags": names(Flag(attempt.flags & _FAULTS)),
+            "ballot": attempt.flags & _FAULTS,
+            "voids_gradient": attempt.voids_gradient,
             "losses": attempt.losses,
             "grad_norm": attempt.norm,
             "batches": attempt.ordinals,
             "tensors": [{**finding, "flag": names(finding["flag"])} for finding in local][:8],
-            "learning_rate": self.rate_monitor.offender if faults & Flag.LEARNING_RATE else None,
+            "learning_rate": self.rate_monitor.offender if attempt.flags & Flag.LEARNING_RATE else None,
             "corrupt": bool(corrupt),
-            "certified": self.certified_steps(),
+            "certified": self.protection.certified_steps(),
             "weights": weights_digest(self.state) if self.replicated else None,
         }
         self.details = self.voter.gather(mine, step)
+        if any(theirs["voids_gradient"] for theirs in self.details):
+            faults &= ~Flag.GRAD_NONFINITE  # it was how that rank told the others of its ballot
+        for theirs in self.details:
+            faults |= Flag(theirs["ballot"])
         certified = set(self.details[0]["certified"]).intersection(*(theirs["certified"] for theirs in self.details))
         evidence = Evidence(
             step=step,
@@ -482,19 +444,14 @@ class Guard:
         return not self.probe.scan()
 
     def _probe(self) -> int:
+        num_states = 0
+        for optimizer in self.state.optimizers:
+            num_states += len(optimizer.state)
         flags = 0
-        num_states = sum([len(optimizer.state) for optimizer in self.state.optimizers])
-        if num_states != self._num_states or self.probe.is_due(self.step):
+        if num_states != self._num_states or self.step % self.probe.pause == 0:
             self._num_states = num_states
             flags = self._watch()
-        found = self.probe.judge(self.step)
-        return flags | found.value if found else flags
-
-    def _begin_mean(self) -> None:
-        if self.voter.world_size > 1 and self._loss_count >= self.settings.reduce_loss_every:
-            self.voter.begin_mean(self._loss_sum, self._loss_count)
-            self._loss_sum, self._loss_count = 0.0, 0
-            self._mean_pending = True
+        return flags | self.probe.judge(self.step).value
 
     def _judge_mean(self, step: int) -> int:
         self._mean_pending = False
@@ -520,7 +477,8 @@ class Guard:
             "rate": self.rate_monitor.state_dict(),
             "probe": self.probe.state_dict(),
             "loss_sum": (self._loss_sum, self._loss_count),
-            "cadence": self.cadence.state_dict(),
+            "cadence": self.protection.cadence.state_dict(),
+            "vote_cadence": self.vote_cadence.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_history: bool) -> None:
@@ -540,7 +498,7 @@ class Guard:
         self.probe.load_state_dict(state["probe"])
         self._loss_sum, self._loss_count = state["loss_sum"]
         self._mean_pending = False
-        self.cadence.load_state_dict(state["cadence"], step=self.step)
+        self.vote_cadence.load_state_dict(state["vote_cadence"])
+        self.protection.cadence.load_state_dict(state["cadence"], step=self.step)
         self._carried = 0
-        self._uncertified = [step for step in self._uncertified if step < self.step]
-        self._to_write = {step for step in self._to_write if step < self.step}
+        self.protection.went_to(self.step)

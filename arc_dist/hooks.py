@@ -132,7 +132,7 @@ class OptimizerJudge:
         self._guard.committed()
         now = time.perf_counter()
         if self._last_commit:
-            self._guard.cadence.observe(now - self._last_commit)
+            self._guard.observe(now - self._last_commit)
         self._guard.boundary()
         self._last_commit = time.perf_counter()
         if self._on_commit is not None:
@@ -157,7 +157,7 @@ class StepHooks:
     def judge_loss(self, loss: float) -> Decision | None:
         """Votes on a loss before its backward; acts when something is wrong. Every rank must call this; it blocks."""
         self._judge.begin()
-        self._guard.begin_vote([loss], ())
+        self._guard.begin_vote((loss,), ())
         decision = self._guard.conclude(None)
         if decision is not None:
             self._guard.act(decision)

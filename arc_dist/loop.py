@@ -12,10 +12,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from arc_dist.data.source import Batch, BatchSource
 from arc_dist.engine import Engine
 from arc_dist.errors import ConfigError, Preempted
-from arc_dist.parallel import GradientSync, Parallelism, clip_or_measure
+from arc_dist.parallel import Clipper, GradientSync, Parallelism
 from arc_dist.protocol.flags import Flag
 from arc_dist.protocol.healing import Decision, Rung, Verdict
 from arc_dist.telemetry.log import logger
+
+_PREEMPT = int(Flag.PREEMPT)
+_APPLY = Rung.APPLY.value
 
 LossFunction = Callable[[Any], torch.Tensor]
 
@@ -74,8 +77,8 @@ class GuardedLoop:
         self._settings = engine.settings
         self._state = engine.state
         self._sync = GradientSync(engine.state.models.values())
-        self._parameters = engine.trained_parameters()
-        self._sharded = engine.parallelism is Parallelism.SHARDED
+        sharded = engine.parallelism is Parallelism.SHARDED
+        self._clip = Clipper(engine.trained_parameters(), self._settings.max_grad_norm, sharded=sharded)
         self._trouble: Decision | None = None  # the worst decision since the last result
         self._epoch_losses: list[float] = []
         self._exhausted = False
@@ -89,7 +92,7 @@ class GuardedLoop:
                     return
                 continue
             guard.boundary()
-            if guard.agreed & Flag.PREEMPT:
+            if guard.agreed & _PREEMPT:
                 self._leave()
             engine.check_boundary()
             began = time.perf_counter()
@@ -110,7 +113,7 @@ class GuardedLoop:
 
     def warm_up(self, batch: Any) -> None:
         """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`."""
-        with self._sync.micro_batch(last=True, only=False):
+        with self._sync.micro_batch(last=True):
             self._loss_fn(batch).backward()
         self._zero_grad()
 
@@ -120,7 +123,7 @@ class GuardedLoop:
         guard = self._guard
         losses = self._forward_backward(batches)
         computed = time.perf_counter()
-        norm = self._norm()
+        norm = self._clip() if self._state.scaler is None else self._unscaled_norm(self._state.scaler)
         decision = guard.conclude(norm)
         judged = time.perf_counter()
         if decision is not None:
@@ -133,73 +136,85 @@ class GuardedLoop:
         guard.committed()
         self._engine.updating = False
         updated = time.perf_counter()
-        guard.cadence.observe(updated - began)
-        trouble, self._trouble = self._trouble, None
+        if guard.is_measuring:
+            guard.observe(updated - began)
+        verdict, action, reason = Verdict.HEALTHY, _APPLY, ""
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            verdict, action, reason = trouble.verdict, trouble.rung.value, trouble.reason
+        step = guard.step
+        timings = Timings(fetched - began, computed - fetched, judged - computed, updated - judged)
         return StepResult(
-            number=guard.step,
-            loss=sum(losses) / len(losses),
-            grad_norm=norm,
-            verdict=trouble.verdict if trouble else Verdict.HEALTHY,
-            action=trouble.rung.value if trouble else Rung.APPLY.value,
-            reason=trouble.reason if trouble else "",
-            repeated=guard.step < guard.furthest,
-            epoch=batches[-1].epoch,
-            timings=Timings(fetched - began, computed - fetched, judged - computed, updated - judged),
+            step, _mean(losses), norm, verdict, action, reason, step < guard.furthest, batches[-1].epoch, timings
         )
 
     def _fetch(self) -> list[Batch]:
         """The micro-batches of the next step; fewer at the very end of the data, none after it."""
+        guard, source = self._guard, self._source
         batches: list[Batch] = []
         # The next boundary's snapshot wants to recognise the batch before it; the others need not be recognisable.
-        self._source.recognisable = self._guard.is_due(self._guard.step + 1)
-        self._source.begin_step()
-        for _ in range(self._settings.accumulate):
-            try:
-                batches.append(self._source.next())
-            except StopIteration:
-                break
+        source.begin_step(recognisable=guard.step + 1 >= guard.protection.quiet_until)
+        try:
+            for _ in range(self._settings.accumulate):
+                batches.append(source.next())
+        except StopIteration:
+            pass
         if self._engine.must_agree_on_data:
-            everyone = self._engine.voter.gather(len(batches), self._guard.step)
+            everyone = self._engine.voter.gather(len(batches), guard.step)
             if len(set(everyone)) > 1:
                 logger.warning("the data ends on some ranks before others (%s batches left); stopping here", everyone)
                 return []
         return batches
 
-    def _forward_backward(self, batches: Sequence[Batch]) -> list[float]:
+    def _forward_backward(self, batches: Sequence[Batch]) -> tuple[float, ...]:
         """Forward and backward of all micro-batches; the vote goes out between the last forward and its backward."""
-        losses: list[float] = []
-        last = len(batches) - 1
-        for i, batch in enumerate(batches):
-            with self._sync.micro_batch(last=i == last, only=last == 0):
+        if len(batches) == 1:
+            (batch,) = batches
+            loss = self._loss_fn(batch.data)
+            check_loss(loss)
+            losses = (loss.item(),)  # on a GPU this is the step's one synchronisation, and waits for the forward only
+            self._last_backward(loss, losses, (batch.ordinal,))
+            return losses
+        losses = ()
+        for batch in batches[:-1]:
+            with self._sync.micro_batch(last=False):
                 loss = self._loss_fn(batch.data)
                 check_loss(loss)
-                # On a GPU this is the step's one synchronisation, and it waits for the forward pass only.
-                losses.append(loss.item())
-                if i == last:
-                    self._engine.remember_step()
-                    self._guard.begin_vote(losses, [b.ordinal for b in batches])
-                if last:
-                    loss = loss / len(batches)
-                if self._state.scaler is not None:
-                    loss = self._state.scaler.scale(loss)
-                loss.backward()
+                losses += (loss.item(),)
+                self._scaled(loss / len(batches)).backward()
+        with self._sync.micro_batch(last=True):
+            loss = self._loss_fn(batches[-1].data)
+            check_loss(loss)
+            losses += (loss.item(),)
+            self._last_backward(loss / len(batches), losses, tuple([batch.ordinal for batch in batches]))
         return losses
 
-    def _norm(self) -> float | None:
+    def _last_backward(self, loss: torch.Tensor, losses: tuple[float, ...], ordinals: tuple[int, ...]) -> None:
+        self._engine.remember_step()
+        if self._guard.begin_vote(losses, ordinals):
+            with self._sync.voided():
+                loss.backward()
+        elif self._state.scaler is None:
+            loss.backward()
+        else:
+            self._state.scaler.scale(loss).backward()
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self._state.scaler is None else self._state.scaler.scale(loss)
+
+    def _unscaled_norm(self, scaler: Any) -> float | None:
         """The gradient's norm, clipped on the way when asked; None when the gradient scaler drops this step itself."""
-        scaler = self._state.scaler
-        if scaler is not None:
-            for optimizer in self._state.optimizers:
-                scaler.unscale_(optimizer)
-        norm = clip_or_measure(self._parameters, self._settings.max_grad_norm, sharded=self._sharded).item()
-        if scaler is not None and not norm < float("inf") and scaler.get_scale() > 1.0:
+        for optimizer in self._state.optimizers:
+            scaler.unscale_(optimizer)
+        norm = self._clip()
+        if not norm < float("inf") and scaler.get_scale() > 1.0:
             # Too large a loss scale is the scaler's everyday business, not a fault.
             self._scaler_step()
             self._zero_grad()
             return None
         return norm
 
-    def _update(self, losses: Sequence[float], batch: Batch) -> None:
+    def _update(self, losses: tuple[float, ...], batch: Batch) -> None:
         guard = self._guard
         guard.rate.apply(self._state.optimizers)
         try:
@@ -210,13 +225,15 @@ class GuardedLoop:
                     optimizer.step()
         finally:
             guard.rate.undo()
-        self._zero_grad()
+        for optimizer in self._state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         if self._settings.scheduler_every == "step":
-            self._step_schedulers(sum(losses) / len(losses))
+            if self._state.schedulers:
+                self._step_schedulers(_mean(losses))
         else:
-            self._epoch_losses.append(sum(losses) / len(losses))
+            self._epoch_losses.append(_mean(losses))
             if self._source.ends_epoch(batch):
-                self._step_schedulers(sum(self._epoch_losses) / len(self._epoch_losses))
+                self._step_schedulers(_mean(self._epoch_losses))
                 self._epoch_losses.clear()
 
     def _step_schedulers(self, loss: float) -> None:
@@ -226,6 +243,7 @@ class GuardedLoop:
                 scheduler.step(self._engine.mean_over_ranks(loss))
             else:
                 scheduler.step()
+        self._guard.rate_monitor.accept()
 
     def _scaler_step(self) -> None:
         scaler = self._state.scaler
@@ -267,6 +285,10 @@ class GuardedLoop:
         raise Preempted(
             f"preempted at step {self._guard.step}: {where}. Start the job again to continue.", step=self._guard.step
         )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return values[0] if len(values) == 1 else sum(values) / len(values)
 
 
 def check_loss(loss: object) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -43,6 +45,17 @@ def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
+def gradients_reach_all(models: Iterable[nn.Module], world_size: int) -> bool:
+    """Whether a NaN in one rank's gradient makes every rank's gradient NaN: plain DDP over all ranks."""
+    modules = [ddp_modules(model) for model in models]
+    return all(modules) and all(
+        # What a communication hook of the user's makes of a NaN is not known; some remember it.
+        not module._comm_hooks and module.process_group.size() == world_size
+        for wrappers in modules
+        for module in wrappers
+    )
+
+
 class GradientSync:
     """Switches the reduction of gradients off for all but the last micro-batch of a step."""
 
@@ -51,14 +64,23 @@ class GradientSync:
         self._ddp = [module for model in models for module in ddp_modules(model)]
         self._fsdp: list[FSDPModule] = [model for model in models if isinstance(model, FSDPModule)]
 
-    def micro_batch(self, *, last: bool, only: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch; `only` is the usual step without accumulation."""
-        if only or not (self._ddp or self._fsdp):
-            return _NOTHING
+    def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of one of several micro-batches."""
         for module in self._fsdp:
             module.set_requires_gradient_sync(last)
             module.set_is_last_backward(last)
         return _NOTHING if last else self._no_sync()
+
+    @contextlib.contextmanager
+    def voided(self) -> Iterator[None]:
+        """Within it, every gradient that flows into a DDP module's parameter is NaN before it is reduced."""
+        parameters = [p for module in self._ddp for p in module.parameters() if p.requires_grad]
+        handles = [parameter.register_hook(_voided) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextlib.contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -68,7 +90,44 @@ class GradientSync:
             yield
 
 
+def _voided(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * math.nan
+
+
+_GRADIENT = operator.attrgetter("grad")
 _NOTHING = contextlib.nullcontext()
+
+
+class Clipper:
+    """Measures the norm of all gradients at each step, and clips them to `max_norm` unless it is None.
+
+    The gradients become, bit for bit, what ``torch.nn.utils.clip_grad_norm_`` makes of them. That multiplies by 1 where
+    nothing has to be clipped, so as not to ask for the norm; here the norm is asked for anyway, so where gradients lie
+    in the host's memory that pass over them is left out.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], max_norm: float | None, *, sharded: bool) -> None:
+        self._parameters = parameters
+        self._max_norm = max_norm
+        self._sharded = sharded
+        is_uniform = len({(parameter.device.type, parameter.dtype) for parameter in parameters}) == 1
+        self._is_on_host = is_uniform and not sharded and parameters[0].device.type == "cpu"
+        # Torch's coefficient is max_norm / (norm + 1e-6). Below this it is at least 1, also after rounding to bfloat16.
+        self._unclipped = math.inf if max_norm is None else 0.99 * max_norm - 1e-6
+
+    def __call__(self) -> float:
+        """The L2 norm of all gradients before clipping. On a GPU it waits for the backward pass."""
+        if not self._is_on_host:
+            return clip_or_measure(self._parameters, self._max_norm, sharded=self._sharded).item()
+        gradients = [gradient for gradient in map(_GRADIENT, self._parameters) if gradient is not None]
+        if not gradients:
+            return 0.0
+        with torch.no_grad():
+            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = total.item()
+        if not norm < self._unclipped and self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, total)
+        return norm
 
 
 def clip_or_measure(parameters: Sequence[torch.Tensor], max_norm: float | None, *, sharded: bool) -> torch.Tensor:

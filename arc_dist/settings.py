@@ -35,7 +35,7 @@ class Settings:
     accumulate: int = 1
     scheduler_every: str = "step"
     snapshot_every: int | None = None
-    snapshot_cost: float = 0.01
+    snapshot_cost: float = 0.005
     snapshots: int = 2
     certify_after: int = 2
     checkpoint_every: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from arc_dist.data.position import Anchor, Check
 from arc_dist.data.witness import Witness
 from arc_dist.snapshot.rng import RngState, pack_rng
 
+_PLAIN = {torch.Tensor}
+_VERSION = operator.attrgetter("_version")
+_NBYTES = operator.attrgetter("nbytes")
 _MAX_DEPTH = 8
 _MAX_ANCHORS = 8
 _MAX_CHECKABLE = 16  # entries that keep the random state before their fetch: 5 kB each, and fresh memory is slow
@@ -57,27 +61,47 @@ class Epoch:
 class Entry:
     """A batch that was given: its place, its content, and the random states around its fetch."""
 
-    __slots__ = ("_content", "_is_checkable", "_tensors", "after", "before", "epoch", "index", "nbytes", "ordinal")
+    __slots__ = (
+        "_content",
+        "_is_checkable",
+        "_tensors",
+        "_versions",
+        "after",
+        "before",
+        "epoch",
+        "index",
+        "nbytes",
+        "ordinal",
+    )
 
     def __init__(
-        self, *, ordinal: int, epoch: Epoch, index: int, data: Any, before: RngState | None, after: RngState | None
+        self, ordinal: int, epoch: Epoch, index: int, data: Any, before: RngState | None, after: RngState | None
     ) -> None:
-        tensors: list[torch.Tensor] = []
         self.ordinal = ordinal
         self.epoch = epoch
         self.index = index
         self.before = before
         self.after = after
         self._is_checkable = True
+        if type(data) is tuple and {*map(type, data)} == _PLAIN:
+            # The commonest batch, in which nothing has to be copied. Only C functions run here.
+            self._content = self._tensors = data
+            try:
+                self._versions = (*map(_VERSION, data),)
+                self.nbytes = sum(map(_NBYTES, data))
+                return
+            except RuntimeError:  # an inference tensor, or a sparse one
+                pass
+        tensors: list[torch.Tensor] = []
         self._content = _copy_containers(data, tensors, 0)
-        # A tensor's version grows with every in-place change; inference tensors have none.
-        self._tensors = [(t, -1 if t.is_inference() else t._version) for t in tensors]
-        self.nbytes = sum(t.nbytes if t.layout is torch.strided else 0 for t in tensors)
+        self._tensors = tensors
+        self._versions = (*map(_version, tensors),)
+        self.nbytes = sum([_nbytes(tensor) for tensor in tensors])
 
     @property
     def is_intact(self) -> bool:
         """False when a tensor of the batch was changed in place since it was given."""
-        return all(version == -1 or tensor._version == version for tensor, version in self._tensors)
+        return all(map(operator.eq, map(_version, self._tensors), self._versions))
 
     @property
     def data(self) -> Any:
@@ -99,6 +123,21 @@ class Entry:
             if packed != pack_rng(self.after):
                 before = packed
         return Check(self.index, batch_digest(self._content), before)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Grows with every in-place change of the tensor; inference tensors have none."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.nbytes
+    except RuntimeError:  # a sparse one
+        return 0
 
 
 def _copy_containers(value: Any, tensors: list[torch.Tensor], depth: int) -> Any:
@@ -140,6 +179,7 @@ class ReplayBuffer:
         self._capacity = capacity + 1  # the batch before a position is what the position is recognised by
         self._max_nbytes = max_nbytes
         self._entries: deque[Entry] = deque()
+        self._checkable: deque[Entry] = deque()  # those that keep the random state before their fetch
         self._nbytes = 0
 
     def __len__(self) -> int:
@@ -151,8 +191,10 @@ class ReplayBuffer:
     def append(self, entry: Entry) -> None:
         entries = self._entries
         entries.append(entry)
-        if len(entries) > _MAX_CHECKABLE:
-            entries[-1 - _MAX_CHECKABLE].forget_before()
+        if entry.before is not None:
+            self._checkable.append(entry)
+            if len(self._checkable) > _MAX_CHECKABLE:
+                self._checkable.popleft().forget_before()
         self._nbytes += entry.nbytes
         while len(entries) > self._capacity or (self._nbytes > self._max_nbytes and len(entries) > 1):
             self._nbytes -= entries.popleft().nbytes
@@ -171,4 +213,5 @@ class ReplayBuffer:
 
     def clear(self) -> None:
         self._entries.clear()
+        self._checkable.clear()
         self._nbytes = 0

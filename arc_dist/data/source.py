@@ -17,6 +17,9 @@ from arc_dist.snapshot.rng import capture_rng, restore_rng
 from arc_dist.telemetry.log import logger
 
 
+_ENDLESS = 1 << 62
+
+
 class Batch(NamedTuple):
     """A batch and its place.
 
@@ -74,7 +77,7 @@ class BatchSource:
         self._view = LoaderView(loader)
         self._may_draw_here = self._view.may_draw_here
         self._epochs = 1 if epochs is None and steps is None else epochs
-        self._steps = steps
+        self._limit = _ENDLESS if steps is None else steps
         self._record_rng = record_rng
         self._exact = exact
         self._buffer = ReplayBuffer(replay_capacity, replay_bytes)
@@ -91,8 +94,7 @@ class BatchSource:
         self._counted = 0  # batches before the cursor that were given and not skipped
         self._step_began = 0
         self.sample: Any = None
-        # False spares the random state before each fetch; a position taken then is recognised by an earlier batch.
-        self.recognisable = True
+        self._recognisable = True
         self._here: Position | None = None  # a position that was gone to, when the batch before it is not held
 
     # ------------------------------------------------------------------ going through the data
@@ -112,7 +114,7 @@ class BatchSource:
             DataNotReproducible: the loader failed before, and cannot be brought back to this place.
         """
         while True:
-            if self._steps is not None and self._counted >= self._steps:
+            if self._counted >= self._limit:
                 raise StopIteration
             ordinal = self._cursor
             if ordinal < self._live:
@@ -130,9 +132,15 @@ class BatchSource:
                 self._counted += 1
                 return Batch(data, entry.epoch.number, entry.index, ordinal)
 
-    def begin_step(self) -> None:
-        """Marks that the next batch begins an optimizer step; see `position_before_fetch`."""
+    def begin_step(self, *, recognisable: bool = True) -> None:
+        """Marks that the next batch begins an optimizer step; see `position_before_fetch`.
+
+        Args:
+            recognisable: a position taken after the step shall be recognised by its last batch. False spares the
+                random state before each fetch; it is then recognised by an earlier batch.
+        """
         self._step_began = self._cursor
+        self._recognisable = recognisable
 
     def ends_epoch(self, batch: Batch) -> bool:
         """Whether no batch of the same epoch comes after this one.
@@ -161,11 +169,11 @@ class BatchSource:
             opening = self._iterator is None
             if opening:
                 self._open()
-            # The first batch of an iterator is special: a sampler's order may be drawn with it.
-            record_rng = self._record_rng and (opening or self._may_draw_here)
             assert self._iterator is not None
             assert self._epoch is not None
-            before = capture_rng() if record_rng and self.recognisable else None
+            # The first batch of an iterator is special: a sampler's order may be drawn with it.
+            record_rng = self._record_rng and (opening or self._may_draw_here)
+            before = capture_rng() if record_rng and self._recognisable else None
             try:
                 data = next(self._iterator)
             except StopIteration:
@@ -176,10 +184,8 @@ class BatchSource:
                 self._iterator = None
                 raise
             after = capture_rng() if record_rng else None
-            entry = Entry(
-                ordinal=self._live, epoch=self._epoch, index=self._index, data=data, before=before, after=after
-            )
-            if record_rng and not self.recognisable:
+            entry = Entry(self._live, self._epoch, self._index, data, before, after)
+            if record_rng and not self._recognisable:
                 entry.forget_before()
             if self._index == 0 and self._epoch.first is None:
                 self._epoch.first = Check(0, batch_digest(data))

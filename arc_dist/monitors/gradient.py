@@ -33,11 +33,11 @@ class GradientMonitor:
         self._min_count = min_count
         self._window = RobustWindow()
         self.threshold = sys.float_info.max  # above this a finite norm counts as an explosion
-        self._lowest = 0.0
+        self.lowest = 0.0  # below this a norm counts as vanishing
 
     def judge(self, norm: float) -> Flag:
         """The flags that `norm` raises; changes nothing."""
-        if self._lowest <= norm <= self.threshold:  # false for NaN
+        if self.lowest <= norm <= self.threshold:  # false for NaN
             return NO_FLAGS
         if not math.isfinite(norm):
             return Flag.GRAD_NONFINITE
@@ -52,7 +52,7 @@ class GradientMonitor:
         window = self._window
         judging = window.count >= self._min_count
         self.threshold = self._factor * window.reference if judging and window.reference > 0.0 else sys.float_info.max
-        self._lowest = _VANISHING_NORM if judging and window.median > _ONCE_HEALTHY_NORM else 0.0
+        self.lowest = _VANISHING_NORM if judging and window.median > _ONCE_HEALTHY_NORM else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return self._window.state_dict()

@@ -7,6 +7,7 @@ largest rate ever seen by a factor of ten from one step to the next, outside any
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from arc_dist.protocol.flags import NO_FLAGS, Flag
 
 _JUMP_FACTOR = 10.0
+_RATE = operator.itemgetter("lr")
 
 
 class LearningRateMonitor:
@@ -23,7 +25,9 @@ class LearningRateMonitor:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = list(optimizers)
         self._largest = 0.0
+        self._accepted: list[Any] = []  # what `judge` found in order last; the usual answer is "the same again"
         self.offender: tuple[int, float] | None = None  # (group, rate) behind the last flag
+        self.has_risen = False  # `judge` saw a rate that is larger than any accepted so far
         self.accept()
 
     def rates(self) -> list[float]:
@@ -32,6 +36,7 @@ class LearningRateMonitor:
 
     def accept(self) -> None:
         """The present rates are right: at the start, after a scheduler's step, after an accepted update."""
+        self.has_risen = False
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if group["lr"] > self._largest and math.isfinite(group["lr"]):
@@ -40,15 +45,22 @@ class LearningRateMonitor:
     def judge(self) -> Flag:
         """The flags that the present rates raise."""
         # A run that starts at rate zero has no scale yet: its first rate is taken as it is.
-        limit = _JUMP_FACTOR * self._largest if self._largest > 0.0 else math.inf
-        index = 0
+        rates = []
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                rate = group["lr"]
-                if not 0.0 <= rate <= limit or rate == math.inf:  # the first is also true for NaN
-                    self.offender = (index, float(rate))
-                    return Flag.LEARNING_RATE
-                index += 1
+            rates += map(_RATE, optimizer.param_groups)
+        if rates == self._accepted:
+            return NO_FLAGS
+        self._accepted = []
+        largest = self._largest
+        limit = _JUMP_FACTOR * largest if largest > 0.0 else math.inf
+        for index, rate in enumerate(rates):
+            if not 0.0 <= rate <= limit or rate == math.inf:  # the first is also true for NaN
+                self.offender = (index, float(rate))
+                return Flag.LEARNING_RATE
+            if rate > largest:
+                self.has_risen = True
+        if not self.has_risen and not any(map(torch.is_tensor, rates)):  # a tensor changes in place
+            self._accepted = rates
         return NO_FLAGS
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,3 +68,4 @@ class LearningRateMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._largest = state["largest"]
+        self._accepted = []

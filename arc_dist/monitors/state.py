@@ -80,7 +80,7 @@ class StateProbe:
     def __init__(self, *, rounds: int = 16) -> None:
         self._rounds = rounds
         self._groups: list[list[_Slice]] = []
-        self._pause = 1  # steps from one group to the next
+        self.pause = 1  # steps from one group to the next
         self._canary: torch.Tensor | None = None  # one number of the optimizer's state, not zero when last seen
         self._canary_name = ""
         self._source: object | None = None
@@ -104,7 +104,7 @@ class StateProbe:
         total = sum(probed.tensor.numel() for probed in floating)
         num_groups = max(1, min(self._rounds, -(-total // _MIN_GROUP_NUMEL)))
         rounds = self._rounds if total >= _SMALL_MODEL_NUMEL else 4 * self._rounds
-        self._pause = rounds // num_groups
+        self.pause = rounds // num_groups
         self._groups = _deal(floating, num_groups)
         self._find_canary(floating)
         for part in self._all():
@@ -115,17 +115,13 @@ class StateProbe:
             return Flag.OPTIMIZER_RESET
         return NO_FLAGS
 
-    def is_due(self, step: int) -> bool:
-        """Whether `judge` would look at more than one number."""
-        return step % self._pause == 0
-
     def judge(self, step: int) -> Flag:
         """Looks at the group whose turn it is and returns the flags it raises; `findings` has the details."""
         canary = self._canary
         if canary is not None and canary.item() == 0.0:
             self.findings = [Finding(Flag.OPTIMIZER_RESET, self._canary_name, 0.0, None)]
             return Flag.OPTIMIZER_RESET
-        turn, pausing = divmod(step, self._pause)
+        turn, pausing = divmod(step, self.pause)
         if pausing or not self._groups:
             return NO_FLAGS
         return self._judge(self._groups[turn % len(self._groups)])
