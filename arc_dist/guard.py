@@ -27,8 +27,8 @@ from arc_dist.healing.vote import Voter, agree
 from arc_dist.incident import incident, one_line, weights_digest
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
 from arc_dist.monitors.state import Probed
-from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
 from arc_dist.protection import Protection
+from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
 from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
@@ -343,7 +343,8 @@ class Guard:
         if decision.rung is Rung.STOP:
             raise TrainingStopped(
                 f"training stopped at step {failed_step}: {decision.reason}. The newest certified state is step "
-                f"{max(self.protection.certified_steps(), default=None)}. Look at the batches and ranks named in the report.",
+                f"{max(self.protection.certified_steps(), default=None)}. Look at the batches and ranks named in the "
+                "report.",
                 step=failed_step,
             )
 

@@ -50,7 +50,7 @@ def gradients_reach_all(models: Iterable[nn.Module], world_size: int) -> bool:
     modules = [ddp_modules(model) for model in models]
     return all(modules) and all(
         # What a communication hook of the user's makes of a NaN is not known; some remember it.
-        not module._comm_hooks and module.process_group.size() == world_size
+        not module._comm_hooks and module.process_group is not None and module.process_group.size() == world_size
         for wrappers in modules
         for module in wrappers
     )

@@ -10,15 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from arc_dist.cadence import SnapshotCadence
-from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.healing.vote import Voter
 from arc_dist.monitors import StateProbe
 from arc_dist.protocol.flags import NO_FLAGS, Flag
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.snapshot.slot import Snapshot
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger
 
@@ -193,7 +191,7 @@ class Protection:
         """Steps this rank holds a certified snapshot of, newest first."""
         return sorted((info.step for info in self._ring.held() if info.certified), reverse=True)
 
-    def take_out(self, step: int) -> tuple[list[TensorSpec], list[torch.Tensor], dict[str, Any]]:
+    def take_out(self, step: int) -> Snapshot:
         """What the snapshot of `step` holds; it must be held."""
         slot = self.slot_of(step)
         assert slot is not None, f"step {step} was agreed on but is not held"

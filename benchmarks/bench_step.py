@@ -38,7 +38,7 @@ SETTINGS = {  # name: (ranks, clipping)
     "gpt50m": [(2, True), (2, False)],
 }
 
-BLOCKS = {"mlp": (100, 100), "gpt10m": (4, 20), "gpt50m": (2, 8)}  # steps per block, pairs of blocks
+BLOCKS = {"mlp": (100, 100), "gpt10m": (2, 50), "gpt50m": (1, 36)}  # steps per block, pairs of blocks
 
 
 def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, Any], torch.Tensor], Any, str]:
@@ -82,7 +82,6 @@ def arms(name: str, clip: float | None) -> tuple[Callable[[], None], Callable[[]
     arc = Arc(model, optimizer, max_grad_norm=clip)
     steps = arc.train(lambda b: loss_of(model, b), [batch] * 100_000, steps=1 << 40)
     words = f"{count_parameters(model):,} parameters, {words}"
-
 
     def spent() -> float:
         return arc._engine.guard.protection.cadence.spent_s
@@ -187,7 +186,8 @@ def render(row: dict[str, Any]) -> str:
     clip = "on" if row["clipping"] else "off"
     return (
         f"{row['model']:8} {row['ranks']:5} {clip:>5} {row['step_ms']:6.2f} ms  {share(row['wall'])}  "
-        f"{share(row['cpu'])}  {row['snapshots']:9.2%} {row['wall'][0] + row['snapshots']:+6.2%}  {row['setting']}; {row['pairs']} pairs of {row['block']} steps"
+        f"{share(row['cpu'])}  {row['snapshots']:9.2%} {row['wall'][0] + row['snapshots']:+6.2%}  {row['setting']}; "
+        f"{row['pairs']} pairs of {row['block']} steps"
     )
 
 

@@ -16,7 +16,6 @@ from arc_dist.errors import ConfigError, DataNotReproducible
 from arc_dist.snapshot.rng import capture_rng, restore_rng
 from arc_dist.telemetry.log import logger
 
-
 _ENDLESS = 1 << 62
 
 
