@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from arc_dist.checkpoint_store.tiers import Tier, parse_tiers
 from arc_dist.config import Env
 from arc_dist.engine import Engine, Resumed
 from arc_dist.errors import ConfigError
@@ -48,8 +50,8 @@ class Arc:
         optimizer: an optimizer, a sequence, or several by name. Their parameters must be the models'.
         scheduler: a learning-rate scheduler or several; `train` steps them.
         scaler: a ``torch.amp.GradScaler``, when fp16 is used.
-        store: URL of a directory for checkpoints, local or fsspec (``s3://...``); default ``ARC_STORE``; None keeps
-            none.
+        store: where checkpoints go: a directory or fsspec URL (``s3://...``), or several, fastest first:
+            ``"/nvme/ckpt, s3://bucket/prefix"`` (see docs/store.md); default ``ARC_STORE``; None keeps none.
         run: name of the run inside the store.
         extras: further objects with ``state_dict``/``load_state_dict`` that are restored together with the rest.
         **settings: see `arc_dist.settings.Settings`.
@@ -67,7 +69,7 @@ class Arc:
         *,
         scheduler: Any = None,
         scaler: Any = None,
-        store: str | None = None,
+        store: str | os.PathLike[str] | Sequence[str] | None = None,
         run: str = "run",
         extras: Mapping[str, Any] | None = None,
         **settings: Any,
@@ -87,7 +89,7 @@ class Arc:
             extras=dict(extras or {}),
         )
         self._engine = Engine(
-            self._state, Settings(**settings), store=str(store) if store is not None else env.store, run=run, env=env
+            self._state, Settings(**settings), tiers=_tiers(store if store is not None else env.store), run=run, env=env
         )
         managed.update(self._state.optimizers)
         self._hooks: StepHooks | None = None
@@ -215,6 +217,12 @@ def _by_name(items: Any) -> dict[str, Any]:
     if isinstance(items, (list, tuple)):
         return {str(i): item for i, item in enumerate(items)} if len(items) != 1 else {"": items[0]}
     return {"": items}
+
+
+def _tiers(store: str | os.PathLike[str] | Sequence[str] | None) -> tuple[Tier, ...]:
+    if store is None:
+        return ()
+    return parse_tiers(os.fspath(store) if isinstance(store, (str, os.PathLike)) else store)
 
 
 def _listed(items: Any) -> list[Any]:

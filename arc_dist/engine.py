@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from arc_dist import restore
-from arc_dist.checkpoint_store.store import Store
+from arc_dist.checkpoint_store.tiers import Tier, Tiers
 from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
 from arc_dist.connect import connect
@@ -62,17 +62,17 @@ class Engine:
     Args:
         state: everything that is restored together.
         settings: see `Settings`.
-        store: URL of the checkpoint store, or None.
+        tiers: where checkpoints go, fastest first; empty for none.
         run: name of the run inside the store.
     """
 
-    def __init__(self, state: TrainingState, settings: Settings, *, store: str | None, run: str, env: Env) -> None:
+    def __init__(self, state: TrainingState, settings: Settings, *, tiers: Sequence[Tier], run: str, env: Env) -> None:
         self.state = state
         self.settings = settings
         self.env = env
         self.updating = False
         self.resumed: Resumed | None = None
-        self._store_url = store
+        self._tiers = tuple(tiers)
         self._run = run
         self._checkpointer: Checkpointer | None = None
         self._recorder: Recorder | None = None
@@ -102,7 +102,8 @@ class Engine:
         self.rank, self.world_size = self.voter.rank, self.voter.world_size
         set_up_logging(level=env.log_level, rank=self.rank, world_size=self.world_size)
         self.parallelism = parallelism(self.state.models.values(), self.world_size)
-        comparable = {**settings.comparable(), "store": self._store_url, "run": self._run}
+        tiers = [dataclasses.asdict(tier) for tier in self._tiers]
+        comparable = {**settings.comparable(), "store": tiers, "run": self._run}
         require_equal_settings(self.voter, {**comparable, "model": self.state.signature()})
         self._start_coordinator()
         store = self._open_store()
@@ -111,13 +112,15 @@ class Engine:
         self._closers.append(self.ring.close)
         if store is not None:
             self._checkpointer = Checkpointer(
-                store=store,
+                tiers=store,
                 ring=self.ring,
                 coordinator=self.coordinator,
                 rank=self.rank,
                 world_size=self.world_size,
                 generation=env.generation,
                 record=self.record,
+                max_bytes_per_s=settings.max_bytes_per_s,
+                save_timeout_s=settings.save_timeout_s,
             )
         self.store = store
         if env.shm_dir is not None:
@@ -172,12 +175,12 @@ class Engine:
         else:
             append_line(self.env.run_dir, line)
 
-    def _open_store(self) -> Store | None:
+    def _open_store(self) -> Tiers | None:
         """Opens the store on every rank; when one cannot write there, all stop with that rank's reason."""
-        if self._store_url is None:
+        if not self._tiers:
             return None
         owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
-        store = Store(self._store_url, run=self._run, owner=owner)
+        store = Tiers(self._tiers, run=self._run, owner=owner)
         agree(self.voter, store.check_writable, "the store cannot be used")
         return store
 

@@ -16,7 +16,7 @@ import torch
 from arc_dist import errors
 from arc_dist.checkpoint_store.codec import decode
 from arc_dist.checkpoint_store.format import TensorSpec
-from arc_dist.checkpoint_store.store import Store
+from arc_dist.checkpoint_store.tiers import Tiers
 from arc_dist.data.position import read_mark
 from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.healing.vote import agree
@@ -123,7 +123,7 @@ def _from_memory(engine: Engine, plan: dict[str, Any]) -> Found:
     return Found(plan["step"], "memory", specs, tensors, small)
 
 
-def _from_store(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]) -> Found | None:
+def _from_store(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]) -> Found | None:
     """Newest first; rank 0's listing is everyone's."""
     listed, damaged = agree(engine.voter, lambda: _listing(engine, store, poisoned), "the store cannot be listed")
     listed, damaged = engine.voter.gather([listed, damaged], step=0)[0]
@@ -147,7 +147,7 @@ def _from_store(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]
     )
 
 
-def _listing(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]) -> tuple[list[Any], list[int]]:
+def _listing(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]) -> tuple[list[Any], list[int]]:
     """(step, world size) of what may be restored, and the steps whose manifest is damaged. Rank 0 looks for all."""
     if engine.rank != 0:
         return [], []
@@ -176,7 +176,7 @@ def _listing(engine: Engine, store: Store, poisoned: Sequence[dict[str, int]]) -
     return usable, [info.step for info in infos if info.problem is not None]
 
 
-def _read(engine: Engine, store: Store, step: int) -> Found:
+def _read(engine: Engine, store: Tiers, step: int) -> Found:
     """This rank's part of a checkpoint, verified, in new tensors."""
     checkpoint = store.open(step)
     live = {spec.name: spec for spec in engine.state.tensors()[0] if spec.name.startswith("model.")}
@@ -184,7 +184,22 @@ def _read(engine: Engine, store: Store, step: int) -> Found:
     checkpoint.check_specs([*live.values(), *others], all_names=True)
     wanted = [live.get(name) or _like_its_parameter(spec, live) for name, spec in checkpoint.specs().items()]
     tensors = checkpoint.read(wanted)
-    return Found(step, "checkpoint", wanted, tensors, decode(checkpoint.objects(engine.rank)))
+    objects = decode(checkpoint.objects(engine.rank))
+    for problem in checkpoint.damage:
+        logger.warning(
+            "rank %d took from another copy what is wrong in %s: %s", engine.rank, problem.file, problem.what
+        )
+        engine.record(
+            kind="copy_damaged",
+            cause=f"{problem.file}: {problem.what}",
+            step=step,
+            ranks=[engine.rank],
+            generation=engine.env.generation,
+            seen_by="digest",
+            seen_after="before use",
+            action="read from another tier",
+        )
+    return Found(step, "checkpoint", wanted, tensors, objects)
 
 
 def _like_its_parameter(spec: TensorSpec, live: dict[str, TensorSpec]) -> TensorSpec:

@@ -24,6 +24,8 @@ class Settings:
         snapshots: snapshots kept in memory, at least 2 (one certified, one being certified).
         certify_after: healthy verdicts after which a snapshot is trusted.
         checkpoint_every: updates between two checkpoints in the store; None writes one at the end and when preempted.
+        max_bytes_per_s: bound on the rate at which a rank writes checkpoints in the background; None for none.
+        save_timeout_s: how long a rank's part of a checkpoint may take to be written to one tier, in seconds.
         policy: budgets of the healing ladder.
         ignore: names of flags that are never raised, such as ("grad_vanishing",).
         loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
@@ -39,6 +41,8 @@ class Settings:
     snapshots: int = 2
     certify_after: int = 2
     checkpoint_every: int | None = None
+    max_bytes_per_s: float | None = None
+    save_timeout_s: float = 600.0
     policy: HealingPolicy = dataclasses.field(default_factory=HealingPolicy)
     ignore: tuple[str, ...] = ()
     loss_explosion_sigmas: float = 20.0
@@ -61,6 +65,13 @@ class Settings:
             "above 0, or None",
         )
         _require("scheduler_every", self.scheduler_every, self.scheduler_every in ("step", "epoch"), "step or epoch")
+        _require(
+            "max_bytes_per_s",
+            self.max_bytes_per_s,
+            self.max_bytes_per_s is None or self.max_bytes_per_s > 0,
+            "above 0, or None",
+        )
+        _require("save_timeout_s", self.save_timeout_s, self.save_timeout_s > 0, "above 0")
         _require("vote_timeout_s", self.vote_timeout_s, self.vote_timeout_s > 0, "above 0")
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)

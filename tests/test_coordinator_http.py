@@ -228,9 +228,9 @@ def test_the_last_answers_leave_before_the_server_closes(server: CoordinatorServ
         one.join(rank, 2, "h", rank, f"/{rank}")
         one.ready(rank, 0, None, [], f"/{rank}", "h")
     told: list[str] = []
+    assert both[1].directive(1, 0, 5)["kind"] == "run"
 
     def wait_for_the_end() -> None:
-        assert both[1].directive(1, 0, 5)["kind"] == "run"
         told.append(both[1].directive(1, 0, 5)["kind"])
 
     thread = threading.Thread(target=wait_for_the_end)

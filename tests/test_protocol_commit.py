@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ def saves(world_size: int = 2, generation: int | None = 1) -> Saves:
     return Saves(world_size=world_size, open_generation=generation)
 
 
-def shard(rank: int, step: int = 10, generation: int = 1, url: str = "u", **more: bool) -> Shard:
+def shard(rank: int, step: int = 10, generation: int = 1, url: str = "u", **more: Any) -> Shard:
     return Shard(rank=rank, generation=generation, step=step, url=url, part={"rank": rank}, **more)
 
 
@@ -126,3 +127,62 @@ def test_law_at_most_one_manifest_whatever_the_order_and_the_repetitions(offers:
             assert set(answer.commit.parts) == {0, 1, 2}
     whole = {step for _, step in heard if all((rank, step) in heard for rank in range(3))}
     assert sorted(manifests) == sorted(whole)
+
+
+# ---------------------------------------------------------------------- tiers
+
+
+def test_a_rank_that_writes_to_a_slower_tier_takes_the_others_along():
+    first = commit.offer(saves(), shard(0)).saves
+    moved = commit.offer(first, shard(1, url="v", tier=1, why="rank 1: full"))
+    assert moved.status is CommitStatus.PENDING
+    status, error = commit.status_of(moved.saves, 10, 1, 0)
+    assert status is CommitStatus.MOVED
+    assert "rank 1: full" in str(error)
+    assert commit.status_of(moved.saves, 10, 1, 1) == (CommitStatus.PENDING, None)
+    late = commit.offer(moved.saves, shard(0))
+    assert (late.status, late.saves) == (CommitStatus.MOVED, moved.saves)
+    done = commit.offer(moved.saves, shard(0, url="v", tier=1))
+    assert done.commit is not None
+    assert (done.commit.url, set(done.commit.parts)) == ("v", {0, 1})
+
+
+def test_a_refused_manifest_may_be_tried_in_the_next_tier():
+    both = commit.offer(commit.offer(saves(), shard(0)).saves, shard(1)).saves
+    failed = commit.settle(both, 10, 1, "the disk is full")
+    assert commit.offer(failed, shard(0)).status is CommitStatus.FAILED
+    again = commit.offer(failed, shard(0, url="v", tier=1))
+    assert again.status is CommitStatus.PENDING
+    assert commit.offer(again.saves, shard(1, url="v", tier=1)).commit is not None
+
+
+def test_a_rank_that_no_tier_takes_a_shard_from_ends_the_wait_of_the_others():
+    waiting = commit.offer(saves(), shard(0)).saves
+    given_up = commit.give_up(waiting, 1, 10, 1, "all disks are full")
+    status, error = commit.status_of(given_up, 10, 1)
+    assert status is CommitStatus.ABANDONED
+    assert "rank 1" in str(error)
+    assert commit.offer(given_up, shard(1, url="v", tier=1)).status is CommitStatus.ABANDONED
+    committing = commit.offer(waiting, shard(1)).saves
+    assert commit.give_up(committing, 1, 10, 1, "late") is committing
+    assert commit.give_up(waiting, 1, 10, 0, "of an older generation") is waiting
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.booleans()), max_size=40))
+def test_a_manifest_has_all_its_shards_in_one_tier_and_tiers_only_grow(words):
+    """Ranks offer shards to whatever tiers in any order; some manifests are refused."""
+    now, committed, tier = saves(world_size=3), 0, 0
+    for rank, of_tier, refuse in words:
+        answer = commit.offer(now, shard(rank, url=f"t{of_tier}", tier=of_tier))
+        now = answer.saves
+        if answer.commit is not None:
+            assert set(answer.commit.parts) == {0, 1, 2}
+            assert answer.commit.url == f"t{answer.commit.tier}"
+            assert answer.commit.tier >= tier
+            committed += not refuse
+            now = commit.settle(now, 10, 1, "refused" if refuse else None)
+        save = now.find(10, 1)
+        if save is not None:
+            assert save.tier >= tier
+            tier = save.tier
+    assert committed <= 1

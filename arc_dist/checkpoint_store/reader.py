@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -25,10 +26,13 @@ from arc_dist.checkpoint_store.format import (
     torch_dtype,
 )
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.shard import parse_header
 from arc_dist.errors import ArcError, CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
 
 _BLOCK_BYTES = 4 << 20
+_RETRIES = Retries(attempts=4)
+_Result = TypeVar("_Result")
 _MAX_LISTED = 20  # names in an error message
 _REMEDY = "Restore an older step, or this one from a copy."
 
@@ -53,14 +57,25 @@ class Checkpoint:
 
     The manifest is verified already; files are verified as they are used. Collective with nobody: each rank reads by
     itself, and the caller makes all ranks agree on success before training goes on.
+
+    Attributes:
+        damage: what was found damaged or missing while reading, and taken from another copy of the step instead.
     """
 
-    def __init__(self, backend: Backend, path: str, manifest: Manifest) -> None:
+    def __init__(
+        self, backend: Backend, path: str, manifest: Manifest, *, copies: Sequence[Checkpoint] = ()
+    ) -> None:
         self.manifest = manifest
         self.path = path  # below the backend's root
+        self.damage: list[Problem] = []
+        self._copies = tuple(copies)
         self._backend = backend
         self._files = {file.name: file for file in manifest.files}
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
+
+    def with_copies(self, copies: Sequence[Checkpoint]) -> Checkpoint:
+        """The same step, which falls back on equal copies of it elsewhere wherever this one cannot be read."""
+        return Checkpoint(self._backend, self.path, self.manifest, copies=copies)
 
     @property
     def step(self) -> int:
@@ -101,7 +116,7 @@ class Checkpoint:
             raise StoreGone(
                 f"{self._where()}: has no rank {rank}; it was written by {self.world_size} ranks.", rank=rank
             )
-        data = self._verified_bytes(entry, MAX_OBJECTS_BYTES)
+        data = self._from_any_copy(lambda copy: copy._verified_bytes(entry, MAX_OBJECTS_BYTES), ())
         fields = cast("dict[str, Any]", parse_json(data, self._where(entry.name)))
         return fields["objects"]
 
@@ -115,14 +130,56 @@ class Checkpoint:
         """
         self.check_specs(specs)
         results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
-        with _OpenFiles(self) as files, concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
+        with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
+            files = {copy: stack.enter_context(_OpenFiles(copy)) for copy in (self, *self._copies)}
             jobs = [
-                pool.submit(_read_box, files, self._tensors[spec.name], copies, spec, result)
+                pool.submit(self._read_box, files, self._tensors[spec.name], copies, spec, result)
                 for spec, result in zip(specs, results, strict=True)
                 for copies in _boxes(self._tensors[spec.name]).values()
             ]
             _finish(jobs)
         return results
+
+    def _read_box(
+        self,
+        files: Mapping[Checkpoint, _OpenFiles],
+        tensor: TensorEntry,
+        chunks: list[Chunk],
+        spec: TensorSpec,
+        result: torch.Tensor,
+    ) -> None:
+        """Copies what a saved part and the wanted part share into `result`, from the first place that is sound."""
+        common = intersect(chunks[0].offsets, chunks[0].shape, spec.offsets, spec.shape)
+        if common is None:
+            return
+
+        def read(copy: Checkpoint) -> None:
+            for index, chunk in enumerate(chunks):
+                try:
+                    retrying(lambda: _read_chunk(files[copy], tensor, chunk, spec, result, *common), _RETRIES)
+                except StoreError:
+                    if index == len(chunks) - 1:
+                        raise
+                else:
+                    return
+
+        self._from_any_copy(read, (tensor.name,))
+
+    def _from_any_copy(self, read: Callable[[Checkpoint], _Result], tensors: tuple[str, ...]) -> _Result:
+        """What `read` makes of the first copy that it does not fail on; the first copy's error when all fail."""
+        places = (self, *self._copies)
+        failures: list[tuple[Checkpoint, StoreError]] = []
+        for place in places:
+            try:
+                result = read(place)
+            except StoreError as error:
+                failures.append((place, error))
+                continue
+            self.damage += [
+                Problem(str(error.fields.get("file", copy._where())), error.message, tensors) for copy, error in failures
+            ]
+            return result
+        raise failures[0][1]
 
     def read_into(self, targets: Sequence[tuple[TensorSpec, torch.Tensor]]) -> None:
         """Fills existing tensors with the asked parts: all of them, or none on any error.
@@ -321,23 +378,6 @@ def _boxes(tensor: TensorEntry) -> Mapping[tuple[tuple[int, ...], tuple[int, ...
     for chunk in tensor.chunks:
         boxes.setdefault((chunk.offsets, chunk.shape), []).append(chunk)
     return boxes
-
-
-def _read_box(
-    files: _OpenFiles, tensor: TensorEntry, copies: list[Chunk], spec: TensorSpec, result: torch.Tensor
-) -> None:
-    """Copies what a saved part and the wanted part share into `result`, from the first copy that is sound."""
-    common = intersect(copies[0].offsets, copies[0].shape, spec.offsets, spec.shape)
-    if common is None:
-        return
-    for index, chunk in enumerate(copies):
-        try:
-            _read_chunk(files, tensor, chunk, spec, result, *common)
-        except StoreError:
-            if index == len(copies) - 1:
-                raise
-        else:
-            return
 
 
 def _read_chunk(

@@ -107,6 +107,7 @@ class Store:
         tensors: Sequence[ShardTensor],
         objects: Mapping[str, Any],
         should_abort: Callable[[], bool] | None = None,
+        pace: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         """Writes this rank's part of a step, durably. Every rank must call this; it waits for no other rank.
 
@@ -119,6 +120,7 @@ class Store:
                 Which rank writes a replicated tensor follows from the specs, so they must be equal on all ranks.
             objects: JSON-able state of this rank (see `codec.encode`).
             should_abort: asked between blocks; True gives the save up with `SaveAborted`.
+            pace: told the size of each block written, in bytes; may sleep (see `Pace`).
 
         Returns:
             The part of the manifest, JSON-able, to hand to `commit`.
@@ -141,6 +143,7 @@ class Store:
             tensors=tensors,
             objects=objects,
             should_abort=should_abort,
+            pace=pace,
         )
         return {**part, "run": self.run}
 

@@ -82,6 +82,7 @@ def write_rank(
     tensors: Sequence[ShardTensor],
     objects: Mapping[str, Any],
     should_abort: Callable[[], bool] | None,
+    pace: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the rank's two files into a claimed directory; returns the rank's part of the manifest (JSON-able).
 
@@ -97,7 +98,7 @@ def write_rank(
     objects_bytes = _objects_bytes(step, rank, objects)
     published: list[str] = []
     try:
-        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, should_abort)
+        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, should_abort, pace)
         published.append(shard_name(rank))
         _write_whole(backend, f"{directory}/{objects_name(rank)}", objects_bytes)
         published.append(objects_name(rank))
@@ -170,6 +171,7 @@ def _write_shard(
     header: bytes,
     tensors: Sequence[ShardTensor],
     should_abort: Callable[[], bool] | None,
+    pace: Callable[[int], None] | None,
 ) -> list[str]:
     nbytes = len(header) + sum(t.spec.nbytes for t in tensors)
     _check_abort(should_abort)
@@ -179,7 +181,7 @@ def _write_shard(
         sink.write(memoryview(header))
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
             for tensor in tensors:
-                digests.append(_stream(sink, pool, tensor, should_abort))
+                digests.append(_stream(sink, pool, tensor, should_abort, pace))
         sink.publish()
     except BaseException:
         sink.discard()
@@ -192,8 +194,9 @@ def _stream(
     pool: concurrent.futures.Executor,
     tensor: ShardTensor,
     should_abort: Callable[[], bool] | None,
+    pace: Callable[[int], None] | None,
 ) -> str:
-    """Writes one tensor's bytes while `pool` hashes them; returns the digest."""
+    """Writes one tensor's bytes while `pool` hashes them, told to `pace` block by block; returns the digest."""
     data = plain(tensor.data)  # the tensor itself in the usual case; kept alive while its memory is viewed
     view = as_bytes(data)
     hasher = new_hash(DEFAULT_HASH)
@@ -201,6 +204,8 @@ def _stream(
         _check_abort(should_abort)
         hasher.update(view)
         sink.write(view)
+        if pace is not None:
+            pace(len(view))
         return hasher.hexdigest()
     for begin in range(0, len(view), _BLOCK_BYTES):
         _check_abort(should_abort)
@@ -210,6 +215,8 @@ def _stream(
             sink.write(block)
         finally:
             hashing.result()
+        if pace is not None:
+            pace(len(block))
     return hasher.hexdigest()
 
 

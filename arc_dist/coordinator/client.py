@@ -130,8 +130,14 @@ class _Methods:
         url: str,
         manifest_part: Mapping[str, Any],
         certified: bool = True,
+        tier: int = 0,
+        why: str = "",
     ) -> _Json:
-        """A rank's shard is durable. The last one's call writes the manifest, so it may take as long as the store."""
+        """A rank's shard is durable. The last one's call writes the manifest, so it may take as long as the store.
+
+        `why` says what is wrong with the tiers before `tier`. The status ``moved`` asks to write the shard again, to
+        the answer's ``tier``, because some rank could not write to this one.
+        """
         body = {
             "rank": rank,
             "generation": generation,
@@ -139,12 +145,19 @@ class _Methods:
             "url": url,
             "manifest_part": dict(manifest_part),
             "certified": certified,
+            "tier": tier,
+            "why": why,
         }
         return self.call("shard", body, wait_s=60.0)
 
-    def commit_status(self, step: int, generation: int, timeout_s: float = 0.0) -> _Json:
-        """Long poll for the outcome of a save: ``{"status", "error"}``."""
-        body = {"step": step, "generation": generation, "timeout_s": timeout_s}
+    def give_up_save(self, rank: int, generation: int, step: int, error: str) -> _Json:
+        """This rank cannot write its shard anywhere; the others need not wait for it."""
+        body = {"rank": rank, "generation": generation, "step": step, "error": error}
+        return self.call("give_up_save", body)
+
+    def commit_status(self, step: int, generation: int, timeout_s: float = 0.0, tier: int = 0) -> _Json:
+        """Long poll for the outcome of a save: ``{"status", "error", "tier"}``. `tier` is where the shard was written."""
+        body = {"step": step, "generation": generation, "timeout_s": timeout_s, "tier": tier}
         return self.call("commit_status", body, wait_s=timeout_s)
 
     def progress(self, rank: int, generation: int, step: int) -> _Json:

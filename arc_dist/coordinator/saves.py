@@ -90,14 +90,23 @@ class SaveDesk:
             url=fields.text("url"),
             part=fields.mapping("manifest_part"),
             certified=fields.boolean("certified", default=True),
+            tier=fields.integer("tier", default=0),
+            why=fields.text("why", default=""),
         )
         offered = commits.offer(self._saves, shard)
         self._saves = offered.saves
         if offered.commit is not None:
             return self._write_manifest(offered.commit, apply)
-        if offered.status.is_settled:
-            self._changed.notify_all()
-        return _answer(offered.status, offered.reason)
+        # A step that is settled, or has moved on, is news to the ranks that wait.
+        self._changed.notify_all()
+        return self._answer(offered.status, offered.reason, shard.step, shard.generation)
+
+    def give_up(self, rank: int, fields: Fields) -> dict[str, Any]:
+        """A rank says that it cannot write its shard anywhere."""
+        step, generation = fields.integer("step"), fields.integer("generation")
+        self._saves = commits.give_up(self._saves, rank, step, generation, fields.text("error"))
+        self._changed.notify_all()
+        return {}
 
     def _write_manifest(self, save: Save, apply: Callable[[Event], None]) -> dict[str, Any]:
         """Writes the manifest in the thread of the rank that completed the step; the others are served meanwhile."""
@@ -124,30 +133,38 @@ class SaveDesk:
                 )
             apply(Settled(step=save.step, committed=committed))
             self._changed.notify_all()
-        status, error = commits.status_of(self._saves, save.step, save.generation)
-        return _answer(status, error)
+        status, error = commits.status_of(self._saves, save.step, save.generation, save.tier)
+        return self._answer(status, error, save.step, save.generation)
 
     def outcome(self, fields: Fields, check_alive: Callable[[], None]) -> dict[str, Any]:
         """Long poll for what became of a save."""
         step, generation = fields.integer("step"), fields.integer("generation")
+        tier = fields.integer("tier", default=0)
         deadline_s = self._clock() + fields.number("timeout_s", default=0.0, maximum=MAX_POLL_S)
         while True:
             check_alive()
-            status, error = commits.status_of(self._saves, step, generation)
+            status, error = commits.status_of(self._saves, step, generation, tier)
             remaining_s = deadline_s - self._clock()
             if status.is_settled or remaining_s <= 0:
-                return _answer(status, error)
+                return self._answer(status, error, step, generation)
             self._changed.wait(remaining_s)
+
+    def _answer(self, status: CommitStatus, error: str | None, step: int, generation: int) -> dict[str, Any]:
+        save = self._saves.find(step, generation)
+        tier = save.tier if save is not None else 0
+        if not status.is_settled:
+            return {"status": CommitStatus.PENDING.value, "error": None, "tier": tier}
+        return {"status": status.value, "error": None if status is CommitStatus.COMMITTED else error, "tier": tier}
 
     def describe(self) -> list[dict[str, Any]]:
         """The saves that are remembered, for people."""
         return [
-            {"step": save.step, "generation": save.generation, "status": save.status.value, "error": save.error}
+            {
+                "step": save.step,
+                "generation": save.generation,
+                "tier": save.tier,
+                "status": save.status.value,
+                "error": save.error,
+            }
             for save in self._saves.saves.values()
         ]
-
-
-def _answer(status: CommitStatus, error: str | None) -> dict[str, Any]:
-    if not status.is_settled:
-        return {"status": CommitStatus.PENDING.value, "error": None}
-    return {"status": status.value, "error": None if status is CommitStatus.COMMITTED else error}

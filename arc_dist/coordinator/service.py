@@ -51,7 +51,7 @@ logger = logging.getLogger("arc_dist.coordinator")
 JOURNAL_NAME = "journal.log"
 _METHODS = (
     *("join", "ready", "died", "finished", "directive", "preempt"),  # supervisors
-    *("shard", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
+    *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
     "status",
 )
 _MAX_HOLDINGS = 64
@@ -256,6 +256,9 @@ class Coordinator:
 
     def _shard(self, fields: Fields) -> dict[str, Any]:
         return self._saves.take_shard(self._rank(fields), fields, self._apply)
+
+    def _give_up_save(self, fields: Fields) -> dict[str, Any]:
+        return self._saves.give_up(self._rank(fields), fields)
 
     def _commit_status(self, fields: Fields) -> dict[str, Any]:
         return self._saves.outcome(fields, self._check_alive)

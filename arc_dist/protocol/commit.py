@@ -15,6 +15,11 @@ its processes are gone, so no more can come) what is incomplete is abandoned. A 
 a shard that was durable before the fault may complete a checkpoint, and nothing speaks against it.
 
 Saying something twice changes nothing, and a rank that wrote its shard again before the commit replaces its word.
+
+A job may have several stores, its *tiers*, and a rank whose tier is full or gone writes its shard to the next one. A
+manifest covers shards of one tier, so the save *moves*: what lies in faster tiers is forgotten, and the ranks that
+wrote there hear MOVED with the tier to write to. Why that ends: the tier of a save only grows, and there are few. A
+rank that no tier takes a shard from says so (`give_up`), so that the others do not wait for it.
 """
 
 from __future__ import annotations
@@ -39,16 +44,21 @@ class CommitStatus(enum.Enum):
     FAILED = "failed"
     ABANDONED = "abandoned"
     FENCED = "fenced"
+    MOVED = "moved"
     UNKNOWN = "unknown"
 
     @property
     def is_settled(self) -> bool:
+        """Whether waiting longer brings this rank no other answer."""
         return self not in (CommitStatus.PENDING, CommitStatus.COMMITTING, CommitStatus.UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One rank's word that its part of a step is durable. `part` is the store's business and is passed through."""
+    """One rank's word that its part of a step is durable in a tier (0 is the first).
+
+    `part` is the store's business and is passed through.
+    """
 
     rank: int
     generation: int
@@ -56,17 +66,21 @@ class Shard:
     url: str
     part: Mapping[str, Any]
     certified: bool = True
+    tier: int = 0
+    why: str = ""  # it is not an earlier tier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Save:
-    """The saving of one step by one generation."""
+    """The saving of one step by one generation, to one tier."""
 
     step: int
     generation: int
     url: str
     parts: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict[int, Mapping[str, Any]])
     certified: bool = True
+    tier: int = 0
+    why: str = ""
     status: CommitStatus = CommitStatus.PENDING
     error: str | None = None
 
@@ -111,8 +125,10 @@ def offer(saves: Saves, shard: Shard) -> Offered:
         reason = f"step {shard.step} of generation {shard.generation} is poisoned"
         return Offered(saves=saves, status=CommitStatus.ABANDONED, reason=reason)
     save = saves.find(shard.step, shard.generation)
-    if save is None:
-        save = Save(step=shard.step, generation=shard.generation, url=shard.url)
+    if save is None or _moves_on(save, shard):
+        save = Save(step=shard.step, generation=shard.generation, url=shard.url, tier=shard.tier, why=shard.why)
+    if shard.tier < save.tier and save.status is CommitStatus.PENDING:
+        return Offered(saves=saves, status=CommitStatus.MOVED, reason=_moved(save))
     if save.status is not CommitStatus.PENDING:
         return Offered(saves=saves, status=save.status, reason=save.error or f"step {save.step} is {save.status.value}")
     if save.url != shard.url:
@@ -127,6 +143,30 @@ def offer(saves: Saves, shard: Shard) -> Offered:
         return Offered(saves=_put(saves, save), status=CommitStatus.PENDING, reason=reason)
     save = dataclasses.replace(save, status=CommitStatus.COMMITTING)
     return Offered(saves=_put(saves, save), status=save.status, reason="all shards are durable", commit=save)
+
+
+def _moves_on(save: Save, shard: Shard) -> bool:
+    """Whether this shard takes the save to a slower tier.
+
+    One rank could not write where the others did, or the manifest could not be written there.
+    """
+    return shard.tier > save.tier and save.status in (CommitStatus.PENDING, CommitStatus.FAILED)
+
+
+def _moved(save: Save) -> str:
+    return f"step {save.step} moved to tier {save.tier} ({save.url}): {save.why or 'an earlier one could not be used'}"
+
+
+def give_up(saves: Saves, rank: int, step: int, generation: int, error: str) -> Saves:
+    """A rank could not write its shard to any tier: the save fails for all, unless it is settled or being committed."""
+    if generation != saves.open_generation:
+        return saves
+    save = saves.find(step, generation) or Save(step=step, generation=generation, url="")
+    if save.status is not CommitStatus.PENDING:
+        return saves
+    error = f"rank {rank} could not save step {step}: {error}"
+    # No tier is left, so no shard moves it on.
+    return _put(saves, dataclasses.replace(save, status=CommitStatus.ABANDONED, error=error, parts={}))
 
 
 def settle(saves: Saves, step: int, generation: int, error: str | None) -> Saves:
@@ -159,10 +199,12 @@ def poison(saves: Saves, poisoned: tuple[Poison, ...]) -> Saves:
     return after
 
 
-def status_of(saves: Saves, step: int, generation: int) -> tuple[CommitStatus, str | None]:
-    """What is known about a save, and the error if it has one."""
+def status_of(saves: Saves, step: int, generation: int, tier: int = 0) -> tuple[CommitStatus, str | None]:
+    """What is known about a save, and the error if it has one; `tier` is where the one who asks wrote its shard."""
     save = saves.find(step, generation)
     if save is not None:
+        if save.status is CommitStatus.PENDING and save.tier > tier:
+            return CommitStatus.MOVED, _moved(save)
         return save.status, save.error
     if generation != saves.open_generation:
         return CommitStatus.FENCED, f"generation {generation} may not commit: {_open(saves)}"
