@@ -1,5 +1,6 @@
 """A script that knows nothing of arc: trains, is hurt once, writes what it ends with. Takes KIND FAULT DIR."""
 
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,17 @@ def local(t):
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+def digest():
+    sha = hashlib.sha256()
+    for parameter in model.parameters():
+        sha.update(local(parameter).detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def finite():
+    return all(bool(torch.isfinite(local(p)).all()) for p in model.parameters())
+
+
 fired, trace = 0, []
 for step in range(40):
     x = torch.randn(8, 16)
@@ -48,9 +60,8 @@ for step in range(40):
         with torch.no_grad():
             local(next(iter(model.parameters()))).view(-1)[3] = math.inf
         fired += 1
-    trace.append([local(p).double().sum().item() for p in model.parameters()])
-finite = all(bool(torch.isfinite(local(p)).all()) for p in model.parameters())
-result = {"rank": rank, "fired": fired, "finite": finite, "last": trace[-1], "loss": loss.item()}
+    trace.append(digest())
+result = {"rank": rank, "fired": fired, "finite": finite(), "digests": trace, "loss": loss.item()}
 Path(directory, f"{rank}.json").write_text(json.dumps(result))
 sys.stdout.flush()
 if dist.is_initialized():
