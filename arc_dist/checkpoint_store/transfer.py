@@ -83,7 +83,10 @@ def copy_step(
     should_abort: Callable[[], bool] | None = None,
     max_bytes_per_s: float | None = None,
 ) -> Transfer:
-    """Copies one committed step. Safe to repeat, and safe when two processes copy the same step at once.
+    """Copies one committed step. Safe to repeat.
+
+    It is also safe when two processes copy the same step at once, if the target shows files only when they are whole
+    (`Capabilities.atomic_publish`; all but ``memory://``).
 
     A step that is in the target already is checked there, byte by byte, and files that are missing or damaged are
     sent again: copying is also how a damaged copy is repaired.
