@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
+import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 from arc_dist.checkpoint_store.backends import Backend
 from arc_dist.checkpoint_store.format import (
@@ -14,11 +18,11 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import Manifest, parse_manifest
+from arc_dist.checkpoint_store.pins import Marks, read_marks
 from arc_dist.checkpoint_store.reader import Checkpoint
-from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
+from arc_dist.errors import CheckpointMismatch, StoreCorrupt, StoreError, StoreGone
 
 _log = logging.getLogger(__name__)
-_MIN_KEEP = 2
 _NUM_READERS = 8  # manifests read at once; a request to an object store takes tens of milliseconds
 
 
@@ -28,10 +32,14 @@ class StepInfo:
 
     Attributes:
         directory: its name below the run.
+        certified: whether it may be restored by itself: it was certified, and nobody has put it in quarantine.
         committed_at: seconds since 1970.
         nbytes: of all its files.
         problem: why its manifest cannot be used; None when it can. The files are not looked at.
         newer_format: the problem is that this version is too old to read it.
+        pinned: why someone wants the step kept; None when nobody does.
+        quarantined: why it must not be restored by itself; None when it may.
+        metrics: the finite numbers in its metadata, and in the ``metrics`` there, by name.
     """
 
     step: int
@@ -44,6 +52,9 @@ class StepInfo:
     num_tensors: int = 0
     problem: str | None = None
     newer_format: bool = False
+    pinned: str | None = None
+    quarantined: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=lambda: {})
 
 
 class Catalog:
@@ -90,16 +101,21 @@ class Catalog:
             committed_at=m.committed_at,
             nbytes=m.nbytes,
             num_tensors=len(m.tensors),
+            metrics=metrics_of(m.meta),
         )
+
+    def infos(self, marks: Marks) -> list[StepInfo]:
+        """What every manifest says, damaged ones and older commits of a step included."""
+        directories = self.directories()
+        with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+            return [with_marks(info, marks) for info in pool.map(self.info, directories)]
 
     def steps(self, *, include_damaged: bool) -> list[StepInfo]:
         """See `Store.steps`."""
-        directories = self.directories()
-        with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
-            infos = list(pool.map(self.info, directories))
+        infos = self.infos(read_marks(self._backend, self._run, strict=False))
         sound: dict[int, StepInfo] = {}
         for info in infos:
-            if info.problem is None and (info.step not in sound or order(info) > order(sound[info.step])):
+            if info.problem is None and (info.step not in sound or preference(info) > preference(sound[info.step])):
                 sound[info.step] = info
         damaged = [info for info in infos if info.problem is not None]
         for info in damaged:
@@ -109,16 +125,18 @@ class Catalog:
 
     def newest(self, *, certified: bool, below: int | None) -> StepInfo | None:
         """See `Store.newest`."""
+        marks = read_marks(self._backend, self._run, strict=False)
         by_step: dict[int, list[str]] = {}
         for directory in self.directories():
             step = step_of_directory(directory)
             if step is not None and (below is None or step < below):
                 by_step.setdefault(step, []).append(directory)
         for step in sorted(by_step, reverse=True):
-            infos = [self.info(directory) for directory in by_step[step]]
+            infos = [with_marks(self.info(directory), marks) for directory in by_step[step]]
             for info in infos:
                 self._pass_over(info, refuse_newer=True)
-            usable = [info for info in infos if info.problem is None and (info.certified or not certified)]
+            sound = [info for info in infos if info.problem is None and info.quarantined is None]
+            usable = [info for info in sound if info.certified or not certified]
             if usable:
                 return max(usable, key=order)
         return None
@@ -144,31 +162,21 @@ class Catalog:
         if not manifests:
             assert problem is not None
             raise problem
-        manifest = max(manifests, key=order)
-        return Checkpoint(self._backend, f"{self._run}/{manifest.directory}", manifest)
-
-    def prune(self, keep_last: int) -> list[int]:
-        """See `Store.prune`."""
-        if keep_last < _MIN_KEEP:
-            raise ConfigError(
-                f"prune(keep_last={keep_last}): at least {_MIN_KEEP} are kept. With one, a damaged newest checkpoint "
-                "would leave nothing to restore."
+        manifest = manifests[0]
+        if len(manifests) > 1:
+            marks = read_marks(self._backend, self._run, strict=False)
+            manifest = max(
+                manifests, key=lambda m: (marks.quarantine_of(m.directory, m.committed_at) is None, *order(m))
             )
-        infos = [self.info(directory) for directory in self.directories()]
-        certified = sorted({info.step for info in infos if info.certified})
-        if len(certified) <= keep_last:
-            return []
-        limit = certified[-keep_last]
-        removed: set[int] = set()
-        for info in sorted(infos, key=lambda i: i.step):
-            if info.problem is None and info.step < limit:
-                self.delete(info.directory)
-                removed.add(info.step)
-        return sorted(removed)
+        return Checkpoint(self._backend, f"{self._run}/{manifest.directory}", manifest)
 
     def delete(self, directory: str) -> None:
         """Removes a step: the manifest first, durably, so that a half-removed step is no checkpoint."""
-        path = f"{self._run}/{directory}"
+        with contextlib.suppress(StoreGone):  # another process removes it too, and was faster
+            self._delete(f"{self._run}/{directory}")
+        self._backend.sync_directory(self._run)
+
+    def _delete(self, path: str) -> None:
         self._backend.remove(f"{path}/{MANIFEST_NAME}")
         self._backend.sync_directory(path)
         foreign: list[str] = []
@@ -182,7 +190,6 @@ class Catalog:
             _log.warning("%s: left in place, it holds files that are not ours: %s", path, foreign[:10])
         else:
             self._backend.remove_directory(path)
-        self._backend.sync_directory(self._run)
 
     def _pass_over(self, info: StepInfo, *, refuse_newer: bool) -> None:
         """Says once that a step cannot be used. A newer format is no damage: going on without it would lose work."""
@@ -198,3 +205,27 @@ class Catalog:
 def order(item: StepInfo | Manifest) -> tuple[float, int]:
     """Sorts commits of one step: the newest last."""
     return (item.committed_at, item.generation)
+
+
+def preference(info: StepInfo) -> tuple[bool, float, int]:
+    """Sorts commits of one step: the one that stands for the step last."""
+    return (info.quarantined is None, *order(info))
+
+
+def with_marks(info: StepInfo, marks: Marks) -> StepInfo:
+    """A listed commit with what people and the job said about it later. What is in quarantine counts as uncertified."""
+    quarantined = marks.quarantine_of(info.directory, info.committed_at)
+    return dataclasses.replace(
+        info,
+        certified=info.certified and quarantined is None,
+        pinned=marks.pin_of(info.step),
+        quarantined=quarantined,
+    )
+
+
+def metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a step's metadata by name; those under its key ``metrics`` win over equal names beside it."""
+    inner = meta.get("metrics")
+    values = {**meta, **(cast("dict[str, Any]", inner) if isinstance(inner, dict) else {})}
+    numbers = ((name, value) for name, value in values.items() if type(value) in (int, float))
+    return {name: float(value) for name, value in numbers if abs(value) < 1 << 1000 and math.isfinite(value)}

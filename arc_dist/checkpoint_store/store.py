@@ -33,7 +33,9 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import Manifest
+from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
 from arc_dist.checkpoint_store.reader import Checkpoint
+from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.writer import write_rank
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
@@ -231,7 +233,8 @@ class Store:
 
         Args:
             step: its number.
-            directory: which commit of the step, when there are several; the newest sound one without it.
+            directory: which commit of the step, when there are several; without it the newest sound one, if possible
+                one that is not in quarantine.
 
         Raises:
             StoreGone: there is no such step; the message has those that there are.
@@ -240,16 +243,47 @@ class Store:
         """
         return self._catalog.open(step, directory)
 
-    def prune(self, *, keep_last: int) -> list[int]:
-        """Removes old steps; returns their numbers.
+    def prune(self, retention: Retention | None = None, *, keep_last: int | None = None) -> list[int]:
+        """Removes the steps that a policy does not keep; returns their numbers.
 
-        Kept are the newest `keep_last` certified steps and everything newer than the oldest of them. Damaged steps
-        are not touched: someone may want to look. Thin: other policies come later.
+        The newest certified steps, pinned steps and everything newer than the oldest of the newest are kept by every
+        policy (see `retention`). Damaged steps are not touched: someone may want to look.
+
+        Args:
+            retention: the policy.
+            keep_last: short for ``Retention(last=keep_last)``.
 
         Raises:
-            ConfigError: `keep_last` is below 2.
+            ConfigError: not exactly one of the two was given, or fewer than 2 steps would be kept.
+            StoreCorrupt: the pins cannot be read; nothing is removed.
         """
-        return self._catalog.prune(keep_last)
+        if (retention is None) == (keep_last is None):
+            raise ConfigError("Store.prune: give either a Retention or keep_last=N.")
+        policy = retention or Retention(last=keep_last or 0)
+        return [row.step for row in prune(self._backend, self.run, policy)]
+
+    def pin(self, step: int, why: str = "") -> None:
+        """Keeps a step, whatever the policy, until `unpin`.
+
+        Raises:
+            StoreGone: there is no such step (or it was removed at this moment).
+        """
+        pin_step(self._backend, self.run, step, why)
+
+    def unpin(self, step: int) -> bool:
+        """Takes a pin away; False when there was none."""
+        return unpin_step(self._backend, self.run, step)
+
+    def quarantine(self, first: int, last: int, why: str) -> list[int]:
+        """Marks all commits of steps `first` to `last`, as they are now, as not to be restored by themselves.
+
+        For steps that were committed within the detection lag before a failure. The same steps may be saved again
+        after the rollback; those later commits are not affected.
+
+        Returns:
+            The steps that have a commit in quarantine now.
+        """
+        return quarantine_steps(self._backend, self.run, first, last, why)
 
     def discard(self, step: int, *, generation: int, world_size: int) -> bool:
         """Removes this owner's uncommitted attempt at a step. Call it only when no rank writes to it any more.
