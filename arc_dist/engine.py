@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from arc_dist import restore
+from arc_dist.checkpoint_store.drain import Drainer
 from arc_dist.checkpoint_store.tiers import Tier, Tiers
 from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
@@ -75,6 +76,7 @@ class Engine:
         self._tiers = tuple(tiers)
         self._run = run
         self._checkpointer: Checkpointer | None = None
+        self._drainer: Drainer | None = None
         self._recorder: Recorder | None = None
         self._record: StepRecord | None = None
         self._status: StatusPage | None = None
@@ -121,8 +123,11 @@ class Engine:
                 record=self.record,
                 max_bytes_per_s=settings.max_bytes_per_s,
                 save_timeout_s=settings.save_timeout_s,
+                on_committed=self._wake_drainer,
             )
         self.store = store
+        if store is not None and self.rank == 0 and (len(store) > 1 or any(tier.keep for tier in self._tiers)):
+            self._drainer = Drainer(store, record=self.record, max_bytes_per_s=settings.max_bytes_per_s)
         if env.shm_dir is not None:
             self._status = StatusPage.open(env.shm_dir)
             self._status.write(phase=Phase.STARTING, step=0, generation=env.generation)
@@ -143,6 +148,10 @@ class Engine:
             is_writing=self._checkpointer.is_writing if self._checkpointer is not None else None,
         )
         self.started = True
+
+    def _wake_drainer(self, step: int, tier: int) -> None:
+        if self._drainer is not None:
+            self._drainer.wake()
 
     def _gradients_carry_votes(self) -> bool:
         if self.parallelism is not Parallelism.REPLICATED or self.state.scaler is not None:
@@ -218,6 +227,8 @@ class Engine:
             self.resumed = Resumed(found.step, found.tier)
             logger.info("continuing after step %d, restored from %s", found.step, found.tier)
         self.guard.watch_first()
+        if self._drainer is not None:
+            self._drainer.start()
         if self._recorder is not None:
             self._recorder.record(kind="started", step=self.guard.step, generation=self.env.generation)
         if self._status is not None:
@@ -436,6 +447,10 @@ class Engine:
             signal.signal(signal.SIGTERM, self._old_handler)
         if self._checkpointer is not None:
             self._checkpointer.close(abort=abort)
+        if self._drainer is not None:
+            within_s = 0.0 if abort else self.settings.save_timeout_s
+            if not self._drainer.close(finish_within_s=within_s) and not abort:
+                logger.warning("the newest checkpoint did not reach every tier; the next start goes on copying it")
         if self._recorder is not None:
             self._report_progress("finished")
             self._recorder.close()

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arc_dist import Store
 from arc_dist.checkpoint_store.backends.local import LocalBackend
+from arc_dist.checkpoint_store.drain import Copy, Drainer, next_copy
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.tiers import Tier, Tiers, parse_tiers
@@ -205,11 +208,18 @@ def refuse(monkey, rank, world, error):
     return fired
 
 
+def finish_each_save(job):
+    """Steps wait for a save at hand, so that none is left out because one before it takes its time."""
+    for count, _ in enumerate(job.steps, 1):  # noqa: B007
+        job.arc._engine._checkpointer.wait()
+    return count
+
+
 def full_on_one_rank_body(rank, world_size, toy, root):
     with pytest.MonkeyPatch.context() as monkey:
         fired = refuse(monkey, 1, world_size, StoreFull) if rank == 1 else []
         job = guarded(toy, store=f"{root}/fast, {root}/slow", checkpoint_every=10)
-        list(job.steps)
+        finish_each_save(job)
     return len(fired), job.digest()
 
 
@@ -244,7 +254,7 @@ def test_with_every_tier_full_training_goes_on_and_says_so(tmp_path, monkeypatch
     engine = job.arc._engine
     record = engine.record
     engine.record = lambda **fields: (told.append(fields["kind"]), record(**fields))
-    assert len(list(job.steps)) == 30
+    assert finish_each_save(job) == 30
     assert job.digest() == plain(Toy())[0]
     assert [info.step for info in Store(tmp_path / "fast").steps()] == [10]
     assert told.count("checkpoint_failed") == 2  # steps 20 and 30, each said once
@@ -298,8 +308,9 @@ torch.manual_seed(0)
 model = torch.nn.Linear(width, width)
 arc = Arc(model, torch.optim.AdamW(model.parameters()), store=f"{root}/small, {root}/large", checkpoint_every=5)
 batches = [torch.randn(4, width) for _ in range(5)]
-steps = [r.number for r in arc.train(lambda b: model(b).square().mean(), batches, steps=20)]
-print(json.dumps([steps[-1], [i.step for i in Store(f"{root}/small").steps()],
+for result in arc.train(lambda b: model(b).square().mean(), batches, steps=20):
+    arc._engine._checkpointer.wait()
+print(json.dumps([result.number, [i.step for i in Store(f"{root}/small").steps()],
                   [i.step for i in Store(f"{root}/large").steps()]]))
 """
 
@@ -327,6 +338,113 @@ def test_a_disk_that_fills_up_sends_the_next_saves_to_the_next_tier(small_disk):
     last, in_small, in_large = json.loads(done.stdout.splitlines()[-1])
     assert last == 20
     assert in_small == [5, 10, 15], done.stderr
-    assert in_large == [20]
+    assert in_large[-1] == 20
     assert not list((small_disk / "small" / "run").glob("*/.*")), "half-written files are removed"
     assert Store(small_disk / "small").open(15).verify() == []
+
+
+# ---------------------------------------------------------------------- draining
+
+
+def test_the_newest_step_goes_to_the_fastest_tier_that_lacks_it():
+    assert next_copy([[1, 2, 3], [1], []], [None] * 3) == Copy(3, 0, 1)
+    assert next_copy([[1, 2, 3], [3], [1]], [None] * 3) == Copy(3, 0, 2)
+    assert next_copy([[2], [3], []], [None] * 3) == Copy(3, 1, 2)
+    assert next_copy([[3], [3], [3]], [None] * 3) is None
+    assert next_copy([[], []], [None] * 2) is None
+    assert next_copy([[3], [5]], [None] * 2) is None, "nothing older than what a tier has is sent there"
+
+
+def test_a_tier_gets_the_first_step_of_each_stretch_and_at_the_end_the_newest():
+    assert next_copy([[950], [0]], [None, 1000]) is None
+    assert next_copy([[1010], [0]], [None, 1000]) == Copy(1010, 0, 1)
+    assert next_copy([[1900], [1010]], [None, 1000]) is None
+    assert next_copy([[1900], [1010]], [None, 1000], finishing=True) == Copy(1900, 0, 1)
+    assert next_copy([[7], []], [None, 1000]) == Copy(7, 0, 1)
+
+
+@given(
+    held=st.lists(st.sets(st.integers(0, 30)), min_size=2, max_size=4),
+    every=st.lists(st.sampled_from([None, 1, 5, 10]), min_size=4, max_size=4),
+    finishing=st.booleans(),
+)
+def test_draining_ends_and_gives_every_tier_the_newest(held, every, finishing):
+    for _ in range(100):
+        copy = next_copy(held, every, finishing=finishing)
+        if copy is None:
+            break
+        assert copy.step in held[copy.source]
+        assert copy.step > max(held[copy.target], default=-1)
+        held[copy.target].add(copy.step)
+    else:
+        raise AssertionError("it goes on for ever")
+    if finishing:
+        for slower in range(1, len(held)):
+            newest = max((step for tier in held[:slower] for step in tier), default=-1)
+            assert max(held[slower], default=-1) >= newest
+
+
+def steps_in(path):
+    return [info.step for info in Store(path).steps()]
+
+
+def test_steps_are_drained_and_pruned_while_training_goes_on(tmp_path):
+    two_tiers(tmp_path)
+    store = f"shm, {tmp_path}/fast?keep=last=2, {tmp_path}/slow?every=20"
+    for _ in guarded(Toy(steps=60), store=store, checkpoint_every=5).steps:
+        time.sleep(0.02)
+    assert steps_in(tmp_path / "fast") == [55, 60]
+    slow = steps_in(tmp_path / "slow")
+    assert slow[-1] == 60
+    assert [step // 20 for step in slow] == sorted({step // 20 for step in slow}), "one of each stretch"
+    assert all(Store(tmp_path / "slow").open(step).verify() == [] for step in slow)
+
+
+def test_training_goes_on_from_the_slow_tier_when_the_fast_one_is_wiped(tmp_path):
+    two_tiers(tmp_path)
+    toy = Toy(steps=20)
+    store = f"{tmp_path}/fast, {tmp_path}/slow"
+    list(guarded(toy, store=store, checkpoint_every=10).steps)
+    subprocess.run(["rm", "-r", str(tmp_path / "fast")], check=True)
+    more = Toy(steps=30)
+    job = guarded(more, store=store, checkpoint_every=10)
+    assert [result.number for result in job.steps] == list(range(21, 31))
+    assert job.digest() == plain(more)[0]
+    assert steps_in(tmp_path / "fast") == [30]
+    assert steps_in(tmp_path / "slow")[-2:] == [20, 30]
+
+
+def test_a_copy_that_was_cut_off_is_finished_by_the_next_process(tmp_path):
+    tiers = two_tiers(tmp_path)
+    save(tiers.stores[0], 7)
+    half = tmp_path / "slow" / "run" / "step-00000007"
+    half.mkdir(parents=True)
+    for name in ("attempt.json", "rank-00000.json"):
+        (half / name).write_bytes((tmp_path / "fast" / "run" / "step-00000007" / name).read_bytes())
+    drainer = Drainer(tiers)
+    drainer.start()
+    assert drainer.close(finish_within_s=30)
+    assert steps_in(tmp_path / "slow") == [7]
+    assert Store(tmp_path / "slow").open(7).verify() == []
+
+
+def test_a_slow_tier_that_fails_is_told_once_and_tried_again(tmp_path, monkeypatch):
+    tiers = two_tiers(tmp_path)
+    save(tiers.stores[0], 7)
+    create = LocalBackend.create
+    fired = []
+
+    def hurt(self, path, nbytes, *, exclusive):
+        if self.root.name == "slow" and len(fired) < 3:
+            fired.append(path)
+            raise StoreFull("no space left. Free some.")
+        return create(self, path, nbytes, exclusive=exclusive)
+
+    monkeypatch.setattr(LocalBackend, "create", hurt)
+    told = []
+    drainer = Drainer(tiers, record=lambda **fields: told.append(fields["kind"]), first_pause_s=0.01)
+    drainer.start()
+    assert drainer.close(finish_within_s=30)
+    assert len(fired) == 3
+    assert told == ["tier_full"]
+    assert steps_in(tmp_path / "slow") == [7]

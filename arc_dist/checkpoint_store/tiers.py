@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from arc_dist.checkpoint_store.catalog import StepInfo
 from arc_dist.checkpoint_store.reader import Checkpoint
+from arc_dist.checkpoint_store.retention import parse_retention
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
 
@@ -76,7 +77,9 @@ def _tier(text: str) -> Tier:
     if every is not None and (not every.isdecimal() or int(every) < 1):
         raise ConfigError(f"store {text}: every={every} must be a whole number of steps, 1 or more.")
     keep = options.get("keep")
-    return Tier(url=url, every=None if every is None else int(every), keep=keep and keep.replace(";", ","))
+    if keep is not None:
+        keep = str(parse_retention(keep.replace(";", ",")))
+    return Tier(url=url, every=None if every is None else int(every), keep=keep)
 
 
 def _require_apart(one: str, other: str) -> None:
@@ -127,6 +130,11 @@ class Tiers:
             self.stores[tier].discard(step, generation=generation, world_size=world_size)
         except StoreError as error:
             _log.warning("the abandoned attempt at step %d was not removed: %s", step, error.message)
+
+    def prune(self, tier: int) -> list[int]:
+        """Removes the steps that the tier's own retention does not keep; returns them."""
+        keep = self.tiers[tier].keep
+        return [] if keep is None else self.stores[tier].prune(parse_retention(keep))
 
     def holders(self) -> dict[int, list[int]]:
         """Which tiers hold each step with a sound manifest: ``{step: [tier, ...]}``, fastest first."""
