@@ -391,8 +391,7 @@ def steps_in(path):
 def test_steps_are_drained_and_pruned_while_training_goes_on(tmp_path):
     two_tiers(tmp_path)
     store = f"shm, {tmp_path}/fast?keep=last=2, {tmp_path}/slow?every=20"
-    for _ in guarded(Toy(steps=60), store=store, checkpoint_every=5).steps:
-        time.sleep(0.02)
+    finish_each_save(guarded(Toy(steps=60), store=store, checkpoint_every=5))
     assert steps_in(tmp_path / "fast") == [55, 60]
     slow = steps_in(tmp_path / "slow")
     assert slow[-1] == 60
