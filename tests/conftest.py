@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ for _name in list(os.environ):
         del os.environ[_name]
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
+# A background job of a shell ignores Ctrl-C, and so would every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # With CI=true everything installable is installed, so that only these reasons may skip a test.
 SKIPS_ALLOWED_IN_CI = ("needs a GPU", "needs root")
 _skipped: list[str] = []

@@ -323,7 +323,7 @@ def small_disk(tmp_path):
     small = tmp_path / "small"
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", small], capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
+        pytest.skip(f"needs root: mount is not permitted here: {mounted.stderr.strip()}")
     assert small.is_mount()
     yield tmp_path
     subprocess.run(["umount", "-l", small], check=True)
