@@ -14,6 +14,7 @@ from arc_dist.checkpoint_store.tiers import Tier, parse_tiers
 from arc_dist.config import Env
 from arc_dist.engine import Engine, Resumed
 from arc_dist.errors import ConfigError
+from arc_dist.guard import Guard
 from arc_dist.hooks import StepHooks, managed
 from arc_dist.loop import GuardedLoop, LossFunction, StepResult, check_loss
 from arc_dist.protocol.healing import Rung
@@ -182,6 +183,25 @@ class Arc:
         resumed = engine.resume()
         self._hooks = StepHooks(engine)
         return resumed
+
+    def observe(self, name: str, value: float) -> None:
+        """Tells the layer a number of the script's own, such as a validation loss, found after the present step.
+
+        The newest value of each name goes into the manifests of the checkpoints to come (retention can keep the best:
+        ``?keep=last=3;best=val_loss:2``), and the best so far is remembered across rollbacks and restarts. Local: no
+        rank waits for another, and rank 0's values are those that manifests show.
+
+        Raises:
+            ConfigError: no name, not a number, or training has not begun.
+        """
+        if not self._engine.started:
+            raise ConfigError("observe() was called before training began. Call it inside the loop.")
+        self._engine.guard.observed.add(name, value, self._engine.guard.step)
+
+    def best(self, name: str, *, largest: bool = False) -> tuple[float, int] | None:
+        """The smallest (or largest) value of `name` so far and the step it belongs to, also from before a restart."""
+        guard: Guard | None = getattr(self._engine, "guard", None)
+        return guard.observed.best(name, largest=largest) if guard is not None else None
 
     @property
     def steps_done(self) -> int:

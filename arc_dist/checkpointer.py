@@ -266,6 +266,7 @@ class Checkpointer:
                 objects=encoded,
                 should_abort=should_stop,
                 pace=self._pace,
+                about=small.get("about"),
             )
 
         try:

@@ -27,6 +27,7 @@ from arc_dist.healing.vote import Voter, agree
 from arc_dist.incident import incident, one_line, weights_digest
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
 from arc_dist.monitors.state import Probed
+from arc_dist.observed import Observed
 from arc_dist.protection import Protection
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
 from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
@@ -137,6 +138,7 @@ class Guard:
         self._mean_pending = False
         self._watched: object = None
         self._num_states = -1
+        self.observed = Observed()
         self.details: list[dict[str, Any]] = []
         self.protection = Protection(
             state=state,
@@ -297,10 +299,14 @@ class Guard:
 
     def small(self) -> dict[str, Any]:
         """Everything a snapshot holds beside tensors."""
+        data = self.data.position() if self.data is not None else None
+        losses = self.attempt.losses
+        loss = sum(losses) / len(losses) if losses else None
         return {
             "training": self.state.small(),
             "guard": self.state_dict(),
-            "data": self.data.position() if self.data is not None else None,
+            "data": data,
+            "about": self.observed.about(self.step, data, loss, self.voter.world_size),
         }
 
     def seal(self) -> Decision | None:
@@ -480,6 +486,7 @@ class Guard:
             "loss_sum": (self._loss_sum, self._loss_count),
             "cadence": self.protection.cadence.state_dict(),
             "vote_cadence": self.vote_cadence.state_dict(),
+            "observed": self.observed.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_history: bool) -> None:
@@ -499,6 +506,7 @@ class Guard:
         self.probe.load_state_dict(state["probe"])
         self._loss_sum, self._loss_count = state["loss_sum"]
         self._mean_pending = False
+        self.observed.load_state_dict(state["observed"])
         self.vote_cadence.load_state_dict(state["vote_cadence"])
         self.protection.cadence.load_state_dict(state["cadence"], step=self.step)
         self._carried = 0

@@ -11,7 +11,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -110,6 +110,7 @@ class Store:
         objects: Mapping[str, Any],
         should_abort: Callable[[], bool] | None = None,
         pace: Callable[[int], None] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Writes this rank's part of a step, durably. Every rank must call this; it waits for no other rank.
 
@@ -122,6 +123,8 @@ class Store:
                 Which rank writes a replicated tensor follows from the specs, so they must be equal on all ranks.
             objects: JSON-able state of this rank (see `codec.encode`).
             should_abort: asked between blocks; True gives the save up with `SaveAborted`.
+            about: what the manifest shall say of the step: place in the data, metrics (any state that `codec` knows).
+                Rank 0's counts.
             pace: told the size of each block written, in bytes; may sleep (see `Pace`).
 
         Returns:
@@ -147,7 +150,7 @@ class Store:
             should_abort=should_abort,
             pace=pace,
         )
-        return {**part, "run": self.run}
+        return {**part, "run": self.run, "about": codec.encode(dict(about or {}), inline=True)[0]}
 
     def commit(
         self,
@@ -183,7 +186,7 @@ class Store:
             attempt=attempt,
             where=f"{self.url}/{path}",
             certified=meta.get("certified") is True,
-            meta=codec.encode(dict(meta), inline=True)[0],
+            meta={**_about(parts), **codec.encode(dict(meta), inline=True)[0]},
             committed_at=time.time(),
             parent=max((s for s in map(step_of_directory, earlier) if s is not None and s < step), default=None),
             versions=_versions(),
@@ -396,6 +399,12 @@ def default_commit(
     if len(runs) != 1:
         raise StoreError(f"step {step}: the parts were written to different runs: {sorted(runs)}. Nothing committed.")
     Store(url, run=runs.pop()).commit(step, generation, world_size, parts, meta)
+
+
+def _about(parts: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """What rank 0 said about the step, already encoded."""
+    first = parts[min(parts, key=int)].get("about")
+    return dict(cast("dict[str, Any]", first)) if isinstance(first, dict) else {}
 
 
 def _candidates(step: int, generation: int, owner: str) -> list[str]:
