@@ -191,6 +191,10 @@ class Engine:
         owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
         store = Tiers(self._tiers, run=self._run, owner=owner)
         agree(self.voter, store.check_writable, "the store cannot be used")
+        if self.rank == 0:
+            agree(self.voter, store.take_over, "the store cannot be used")
+        else:
+            agree(self.voter, lambda: None, "the store cannot be used")
         return store
 
     def resume(

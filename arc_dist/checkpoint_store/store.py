@@ -34,6 +34,7 @@ from arc_dist.checkpoint_store.format import (
 )
 from arc_dist.checkpoint_store.manifest import Manifest
 from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
+from arc_dist.checkpoint_store.owners import require_owner, take_over
 from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.writer import write_rank
@@ -98,6 +99,15 @@ class Store:
                 f"store {self.url}: it let a second writer replace a file that only the first may create, so commits "
                 "would not be safe there. Choose another store."
             )
+
+    def take_over(self) -> None:
+        """Makes this owner the one whose commits count. One rank calls it, after `check_writable`; see `owners`.
+
+        Raises:
+            ConfigError: another job that is alive trains into this run, or this store has no owner.
+            StoreError: see `arc_dist.errors`.
+        """
+        take_over(self._backend, self.run, self._owner_of(1))
 
     def write_part(
         self,
@@ -192,6 +202,7 @@ class Store:
             versions=_versions(),
         )
         check_written(self._backend, path, manifest, timeout_s=_VISIBLE_TIMEOUT_S)
+        require_owner(self._backend, self.run, manifest.owner)
         manifest = self._fence_and_order(manifest, earlier)
         data = manifest.to_bytes()
         if len(data) > MAX_MANIFEST_BYTES:

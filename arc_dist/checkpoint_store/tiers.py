@@ -124,6 +124,11 @@ class Tiers:
         for store in self.stores:
             store.check_writable()
 
+    def take_over(self) -> None:
+        """As `Store.take_over`, for each tier."""
+        for store in self.stores:
+            store.take_over()
+
     def discard(self, tier: int, step: int, *, generation: int, world_size: int) -> None:
         """Removes what an attempt that moved on has left in `tier`; what cannot be removed stays for `arc prune`."""
         try:
