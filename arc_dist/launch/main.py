@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -21,6 +22,7 @@ from arc_dist.supervisor.membership import Membership
 
 # Imported once, in the supervisor. torch._dynamo: DDP and optimizers import it (about 1 s) as soon as they are used.
 _PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "numpy.random")
+_SAID_WITHIN_S = 15.0
 # What a guarded trainer imports of ours, as far as it is installed.
 _OWN_PRELOADED = ("arc_dist.hooks", "arc_dist.arc", "arc_dist.loop")
 
@@ -102,9 +104,14 @@ def _run_script(options: command_line.Options) -> NoReturn:
 
 
 def _fail(error: ArcError, *, says: bool) -> NoReturn:
-    """Ends with the error's exit code. What is wrong for all ranks alike is said once per host."""
-    if says:
-        print(f"[arc] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    """Ends with the error's exit code. What is wrong for all ranks alike is said once per host.
+
+    The others let the one that says it go first: torchrun ends all workers as soon as one is gone, also that one before
+    its word. Who is still there after a while is alone with its error, and says it itself.
+    """
+    if not says:
+        time.sleep(_SAID_WITHIN_S)
+    print(f"[arc] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     _leave(int(error.exit_code))
 
 
