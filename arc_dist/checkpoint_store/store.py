@@ -258,7 +258,7 @@ class Store:
         if (retention is None) == (keep_last is None):
             raise ConfigError("Store.prune: give either a Retention or keep_last=N.")
         policy = retention or Retention(last=keep_last or 0)
-        return [row.step for row in prune(self._backend, self.run, policy)]
+        return [row.step for row in prune(self._backend, self.run, policy).removed]
 
     def pin(self, step: int, why: str = "") -> None:
         """Keeps a step, whatever the policy, until `unpin`.
