@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import re
 import time
@@ -30,13 +29,10 @@ from arc_dist.checkpoint_store.diff import Comparison, Side, compare
 from arc_dist.checkpoint_store.export import Export, export_safetensors
 from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.transfer import copy_marks, copy_step
-from arc_dist.errors import ConfigError, StoreCorrupt, StoreError, StoreGone
+from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreGone
 
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B?(?:/s)?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-# The forms of `arc export`: each writes an opened step to where the arguments say.
-_FORMATS: dict[str, Callable[[Checkpoint, argparse.Namespace], Export]] = {}
 
 
 def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyright: ignore[reportPrivateUsage]
@@ -81,7 +77,7 @@ def diff_two(args: argparse.Namespace) -> int:
         if checkpoint is None:
             return nothing(path, quiet=args.json)
         sides.append(checkpoint)
-    with _progress(args, "comparing", sum(t.spec().nbytes for t in sides[0].manifest.tensors)) as progress:
+    with Progress("comparing", sum(t.spec().nbytes for t in sides[0].manifest.tensors)) as progress:
         found = compare(*sides, progress=progress)
     if args.json:
         print_json({"a": sides[0].step, "b": sides[1].step, **dataclasses.asdict(found)})
@@ -94,7 +90,8 @@ def copy_some(args: argparse.Namespace) -> int:
     """Copies checkpoints to another store, the newest first. Every byte is verified on the way.
 
     A copy that was interrupted is taken up where it was: give the same command again. Pins and quarantine go with the
-    checkpoints. Damaged checkpoints are not copied; the exit code is 1 then.
+    checkpoints. Damaged checkpoints, and those whose place another attempt has in the target, are not copied; the exit code
+    is 1 then.
     """
     rate = None if args.max_rate is None else _parse_rate(args.max_rate)
     runs = find_runs(args.source, args.run_name)
@@ -138,14 +135,14 @@ def export_one(args: argparse.Namespace) -> int:
 
 
 def _copy_one(args: argparse.Namespace, run: Run, info: StepInfo, target: Backend, rate: float | None) -> dict[str, Any]:
-    """Copies one step. Damage is told and the next one taken; an error of the storage ends the command."""
+    """Copies one step. What is wrong with this step is told and the next one taken; a failing store ends the command."""
     label = f"{run.name}/{info.directory}"
     began = time.monotonic()
     problem = info.problem
     fields: dict[str, Any] = {"run": run.name, "step": info.step, "directory": info.directory}
     if problem is None:
         try:
-            with _progress(args, label, info.nbytes) as progress:
+            with Progress(label, info.nbytes) as progress:
                 done = copy_step(
                     run.backend,
                     run.name,
@@ -157,13 +154,12 @@ def _copy_one(args: argparse.Namespace, run: Run, info: StepInfo, target: Backen
                 )
             fields.update(dataclasses.asdict(done))
             problem = _verify_copy(args, run, info, target) if args.verify else None
-        except (StoreCorrupt, StoreGone) as error:
-            if isinstance(error, StoreGone) and run.backend.exists(f"{run.name}/{info.directory}") is False:
-                problem = f"{error.message} It was removed while it was copied."
-            elif isinstance(error, StoreGone) and not target.exists(""):
-                raise
-            else:
-                problem = error.message
+        except (StoreCorrupt, Fenced) as error:
+            problem = error.message
+        except StoreGone as error:
+            if not target.exists("") or not run.backend.exists(run.name):
+                raise  # a store is not there: no other step would fare better
+            problem = error.message
     fields.update({"ok": problem is None, "problem": problem})
     if not args.json:
         if problem is not None:
@@ -180,18 +176,19 @@ def _verify_copy(args: argparse.Namespace, run: Run, info: StepInfo, target: Bac
         checkpoint = Catalog(target, args.to_run or run.name).open(info.step, info.directory)
     except StoreCorrupt as error:
         return error.message
-    with _progress(args, f"verifying {info.directory}", info.nbytes) as progress:
+    with Progress(f"verifying {info.directory}", info.nbytes) as progress:
         problems = checkpoint.verify(progress)
     return "; ".join(f"{problem.file}: {problem.what}" for problem in problems) or None
 
 
 def _export_safetensors(checkpoint: Checkpoint, args: argparse.Namespace) -> Export:
     wanted = [t for t in checkpoint.manifest.tensors if t.name.startswith(args.prefix)]
-    with _progress(args, f"writing {args.out}", sum(t.spec().nbytes for t in wanted)) as progress:
+    with Progress(f"writing {args.out}", sum(t.spec().nbytes for t in wanted)) as progress:
         return export_safetensors(checkpoint, args.out, prefix=args.prefix, replace=args.force, progress=progress)
 
 
-_FORMATS["safetensors"] = _export_safetensors
+# The forms of `arc export`: each writes an opened step to where the arguments say.
+_FORMATS: dict[str, Callable[[Checkpoint, argparse.Namespace], Export]] = {"safetensors": _export_safetensors}
 
 
 def _print_differences(found: Comparison, sides: list[Checkpoint]) -> None:
@@ -210,13 +207,6 @@ def _print_differences(found: Comparison, sides: list[Checkpoint]) -> None:
 
 def _side_text(side: Side | None) -> str:
     return "-" if side is None else f"{side.dtype} {list(side.shape)} {format_bytes(side.nbytes)}"
-
-
-@contextlib.contextmanager
-def _progress(args: argparse.Namespace, label: str, total: int):  # noqa: ANN202
-    del args
-    with Progress(label, total) as progress:
-        yield progress
 
 
 def _parse_rate(text: str) -> float:
