@@ -97,8 +97,7 @@ def test_diff_of_nothing(store: Store, tmp_path: Path) -> None:
     save(store, 1)
     (tmp_path / "empty").mkdir()
     assert arc("diff", store.url, str(tmp_path / "empty")) == NOTHING_THERE
-    with pytest.raises(StoreGone, match="no committed step 9"):
-        arc("diff", store.url, store.url, "--step-b", "9")
+    assert arc("diff", store.url, store.url, "--step-b", "9") == NOTHING_THERE
 
 
 def test_copy_of_a_run_brings_everything(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,8 +165,7 @@ def test_what_copy_refuses(store: Store, tmp_path: Path) -> None:
     save(store, 1)
     with pytest.raises(StoreGone):
         arc("copy", store.url, str(tmp_path / "no" / "mount"))
-    with pytest.raises(StoreGone, match="no committed step 7"):
-        arc("copy", store.url, str(tmp_path / "t"), "--step", "7")
+    assert arc("copy", store.url, str(tmp_path / "t"), "--step", "7") == NOTHING_THERE
     with pytest.raises(ConfigError, match="both source and target"):
         arc("copy", store.url, store.url)
     with pytest.raises(ConfigError, match="such as 200MB"):
@@ -226,6 +224,22 @@ def test_export_of_every_dtype_and_shape(store: Store, tmp_path: Path) -> None:
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).tolist() if tensor.numel() else []
             assert list(data[start : start + spec.nbytes]) == raw
     fsspec.filesystem("memory").rm("/export-test", recursive=True)
+
+
+def test_what_must_not_be_trusted_is_exported_only_by_name(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        save(store, step, meta={"certified": step < 3})
+    store.quarantine(2, 2, "diverged")
+    assert arc("export", store.url, str(tmp_path / "a"), "--json") == OK
+    assert json.loads(capsys.readouterr().out)["step"] == 1
+    assert arc("export", store.url, str(tmp_path / "b"), "--step", "3") == OK
+    assert arc("export", f"{store.url}/run/step-00000002", str(tmp_path / "c")) == OK
+    store.quarantine(1, 1, "diverged too")
+    with pytest.raises(ConfigError, match="Choose one with --step"):
+        arc("export", store.url, str(tmp_path / "d"))
+    assert arc("export", store.url, str(tmp_path / "d"), "--step", "9") == NOTHING_THERE
 
 
 def test_a_damaged_step_is_not_exported(store: Store, tmp_path: Path) -> None:

@@ -176,3 +176,18 @@ def test_a_short_grace_period_is_refused(store: Store) -> None:
         with pytest.raises(ConfigError, match="may pause that long"):
             collect_orphans(store.backend, "run", grace_s=grace_s)
     assert collect_orphans(store.backend, "other run") == []
+
+
+def test_old_drafts_in_a_checkpoint_go_and_the_checkpoint_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path / "ckpt", owner="old job")
+    store.check_writable()
+    save(store, 1)
+    directory = tmp_path / "ckpt" / "run" / "step-00000001"
+    (directory / ".rank-00000.safetensors.77-0123abcd.tmp").write_bytes(b"half")
+    assert collect(store, after_s=60) == []
+    (orphan,) = find_orphans(store.backend, "run", now=time.time() + 2 * DAY)
+    assert (orphan.due, orphan.nbytes, len(orphan.drafts)) == (True, 4, 1)
+    assert collect(store, after_s=2 * DAY) == [("step-00000001", True)]
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+    assert store.open(1).verify() == []
+    assert collect(store, after_s=2 * DAY) == []

@@ -118,7 +118,7 @@ def inspect_step(args: argparse.Namespace) -> int:
     """Shows what a checkpoint's manifest says: the newest one, or the one that --step or the path names."""
     found = find_step(args.path, args.run_name, args.step)
     if found is None:
-        return nothing(args.path, quiet=args.json)
+        return nothing(args.path, step=args.step, quiet=args.json)
     run, info = found
     manifest = run.catalog.manifest(info.directory)
     fields = {"run": run.name, **describe(manifest)}

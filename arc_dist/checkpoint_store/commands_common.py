@@ -75,26 +75,19 @@ def find_runs(path: str, run_name: str | None = None) -> list[Run]:
 
 
 def find_step(path: str, run_name: str | None, step: int | None) -> tuple[Run, StepInfo] | None:
-    """The one step that is meant: the newest without `step`; None when nothing is committed.
+    """The one step that is meant: the newest without `step`; None when it is not there.
 
     Raises:
-        StoreGone: there is no such step; the message has those that there are.
         ConfigError: several runs have it.
         StoreError: see `find_runs`.
     """
-    found = [(run, info) for run in find_runs(path, run_name) for info in run.infos(None)]
-    if not found:
-        return None
-    chosen = [(run, info) for run, info in found if step in (None, info.step)]
-    if not chosen:
-        steps = sorted({info.step for _, info in found})
-        raise StoreGone(f"{path}: no committed step {step}. It has: {', '.join(map(str, steps[-10:]))}.", step=step)
+    chosen = [(run, info) for run in find_runs(path, run_name) for info in run.infos(step)]
     names = sorted({run.name for run, _ in chosen})
     if len(names) > 1:
         raise ConfigError(f"{path}: holds several runs ({', '.join(names[:10])}). Choose one with --run-name.")
     # A damaged commit stands for its step only when there is no other.
     sound = [item for item in chosen if item[1].problem is None] or chosen
-    return max(sound, key=lambda item: (item[1].step, *preference(item[1])))
+    return max(sound, key=lambda item: (item[1].step, *preference(item[1])), default=None)
 
 
 def find_checkpoint(path: str, run_name: str | None, step: int | None) -> Checkpoint | None:
@@ -103,6 +96,28 @@ def find_checkpoint(path: str, run_name: str | None, step: int | None) -> Checkp
     if found is None:
         return None
     run, info = found
+    return run.catalog.open(info.step, info.directory)
+
+
+def find_trusted(path: str, run_name: str | None, step: int | None) -> Checkpoint | None:
+    """As `find_checkpoint`, but the newest that may be trusted, unless `step` or the path names one.
+
+    Raises:
+        ConfigError: several runs have one, or there are steps and none of them is certified.
+        StoreError: see `find_runs`.
+    """
+    runs = find_runs(path, run_name)
+    if step is not None or any(run.directory is not None for run in runs):
+        return find_checkpoint(path, run_name, step)
+    trusted = [(run, info) for run in runs for info in run.infos(None) if info.certified]
+    if not trusted:
+        if find_step(path, run_name, None) is None:
+            return None
+        raise ConfigError(f"{path}: no checkpoint is certified and out of quarantine. Choose one with --step.")
+    if len({run.name for run, _ in trusted}) > 1:
+        names = ", ".join(sorted({run.name for run, _ in trusted})[:10])
+        raise ConfigError(f"{path}: holds several runs ({names}). Choose one with --run-name.")
+    run, info = max(trusted, key=lambda item: (item[1].step, *preference(item[1])))
     return run.catalog.open(info.step, info.directory)
 
 
@@ -160,10 +175,11 @@ class Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def nothing(path: str, *, quiet: bool = False) -> int:
-    """Says that there is no checkpoint, unless `quiet`; returns the exit code."""
+def nothing(path: str, *, step: int | None = None, quiet: bool = False) -> int:
+    """Says that there is no checkpoint, or no such step, unless `quiet`; returns the exit code."""
     if not quiet:
-        print(f"{path}: no committed checkpoint", file=sys.stderr)
+        what = "no committed checkpoint" if step is None else f"no committed step {step}; `arc ls` shows what there is"
+        print(f"{path}: {what}", file=sys.stderr)
     return NOTHING_THERE
 
 

@@ -68,7 +68,10 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyrigh
 
 def pin_one(args: argparse.Namespace) -> int:
     """Keeps a checkpoint, whatever the policy, until `arc unpin`."""
-    run, step = _one(args)
+    found = _one(args)
+    if found is None:
+        return nothing(args.path, step=args.step, quiet=args.json)
+    run, step = found
     pin_step(run.backend, run.name, step, args.why)
     _say(args, {"run": run.name, "step": step, "pinned": True, "why": args.why}, f"{run.name}: step {step} is pinned")
     return OK
@@ -76,7 +79,10 @@ def pin_one(args: argparse.Namespace) -> int:
 
 def unpin_one(args: argparse.Namespace) -> int:
     """Takes a pin away. A step that has none is left as it is, which is no error."""
-    run, step = _one(args, must_exist=False)
+    found = _one(args)
+    if found is None:
+        return nothing(args.path, step=args.step, quiet=args.json)
+    run, step = found
     was = unpin_step(run.backend, run.name, step)
     text = f"{run.name}: step {step} " + ("is not pinned any more" if was else "was not pinned")
     _say(args, {"run": run.name, "step": step, "pinned": False, "was_pinned": was}, text)
@@ -85,7 +91,10 @@ def unpin_one(args: argparse.Namespace) -> int:
 
 def quarantine_some(args: argparse.Namespace) -> int:
     """Marks checkpoints as never to be restored by themselves: as they are now, not those saved later at these steps."""
-    run, first = _one(args)
+    found = _one(args)
+    if found is None:
+        return nothing(args.path, step=args.step, quiet=args.json)
+    run, first = found
     last = first if args.through is None else args.through
     if last < first:
         raise ConfigError(f"--through {last} is below --step {first}. Give the first step with --step.")
@@ -147,7 +156,7 @@ def _print_plans(plans: list[tuple[Run, Plan]], *, dry_run: bool) -> None:
     if not rows:
         return
     removed = "would remove" if dry_run else "removed"
-    table = [("RUN", "STEP", "", "SIZE", "WHY")]
+    table = [("RUN", "STEP", "ACTION", "SIZE", "WHY")]
     table += [
         (run.name, str(row.step), "kept" if row.kept else removed, format_bytes(row.nbytes), row.why)
         for run, row in rows
@@ -161,23 +170,20 @@ def _print_orphans(left: list[tuple[Run, list[Orphan]]], *, dry_run: bool) -> No
     for run, found in left:
         for orphan in found:
             done = "removed" if orphan.removed else "would remove" if orphan.due and dry_run else "left"
-            label = f"{run.name}/{orphan.directory}: {done}, {format_bytes(orphan.nbytes)}, no manifest"
+            what = "drafts" if orphan.drafts else "no manifest"
+            label = f"{run.name}/{orphan.directory}: {done}, {format_bytes(orphan.nbytes)}, {what}"
             print(clean(f"{label}: {orphan.why}"))
     if left and not any(found for _, found in left):
         print("nothing is left of unfinished saves")
 
 
-def _one(args: argparse.Namespace, *, must_exist: bool = True) -> tuple[Run, int]:
-    """The run and the step that are meant. A step is named by --step or by the path; it is never guessed."""
+def _one(args: argparse.Namespace) -> tuple[Run, int] | None:
+    """The run and the step that are meant, named by --step or by the path, never guessed; None when not there."""
     runs = find_runs(args.path, args.run_name)
     if args.step is None and (len(runs) != 1 or runs[0].directory is None):
         raise ConfigError(f"{args.path}: which step? Give --step N, or the path of its directory.")
-    if len(runs) == 1 and not must_exist:
-        return runs[0], args.step if args.step is not None else runs[0].infos(None)[0].step
     found = find_step(args.path, args.run_name, args.step)
-    if found is None:
-        raise ConfigError(f"{args.path}: no committed checkpoint. Name the store or the run that has the step.")
-    return found[0], found[1].step
+    return None if found is None else (found[0], found[1].step)
 
 
 def _say(args: argparse.Namespace, fields: dict[str, Any], text: str) -> None:

@@ -20,6 +20,7 @@ from arc_dist.checkpoint_store.commands_common import (
     clean,
     find_checkpoint,
     find_runs,
+    find_trusted,
     format_bytes,
     nothing,
     print_json,
@@ -55,7 +56,7 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyrigh
     export.add_argument("path", help="a store, a run in it or a step's directory; a local path or a URL")
     export.add_argument("out", help="the file to write; a local path or a URL")
     export.add_argument("--format", choices=sorted(_FORMATS), default="safetensors", help="default: %(default)s")
-    export.add_argument("--step", type=int, help="this step; default: the newest")
+    export.add_argument("--step", type=int, help="this step; default: the newest certified")
     export.add_argument(
         "--prefix", default="", help="only tensors whose names begin with this, without it; `model.` for a state_dict"
     )
@@ -75,7 +76,7 @@ def diff_two(args: argparse.Namespace) -> int:
     for path, step in ((args.a, args.step_a), (args.b, args.step_b)):
         checkpoint = find_checkpoint(path, args.run_name, step)
         if checkpoint is None:
-            return nothing(path, quiet=args.json)
+            return nothing(path, step=step, quiet=args.json)
         sides.append(checkpoint)
     with Progress("comparing", sum(t.spec().nbytes for t in sides[0].manifest.tensors)) as progress:
         found = compare(*sides, progress=progress)
@@ -109,9 +110,7 @@ def copy_some(args: argparse.Namespace) -> int:
     if args.json:
         print_json(results)
     if not results:
-        if args.step is not None:
-            raise StoreGone(f"{args.source}: no committed step {args.step}. See `arc ls {args.source}`.", step=args.step)
-        return nothing(args.source, quiet=args.json)
+        return nothing(args.source, step=args.step, quiet=args.json)
     return OK if all(result["ok"] for result in results) else DAMAGED
 
 
@@ -120,9 +119,9 @@ def export_one(args: argparse.Namespace) -> int:
 
     With --prefix model. the file holds what load_state_dict of the bare model wants.
     """
-    checkpoint = find_checkpoint(args.path, args.run_name, args.step)
+    checkpoint = find_trusted(args.path, args.run_name, args.step)
     if checkpoint is None:
-        return nothing(args.path, quiet=args.json)
+        return nothing(args.path, step=args.step, quiet=args.json)
     began = time.monotonic()
     done = _FORMATS[args.format](checkpoint, args)
     if args.json:

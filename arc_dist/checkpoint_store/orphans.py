@@ -13,6 +13,9 @@ Should the save go on after all, it must not become a checkpoint without its fil
 therefore first takes the name of the manifest, with a tombstone, by the same exclusive create that a commit needs: one
 of the two wins. If the commit wins, the directory is a checkpoint and stays. If the tombstone does, the commit finds
 the name taken, and the save fails as one that was overtaken.
+
+A copy that was killed and taken up again may leave drafts (`.*.tmp`) in a directory that is a checkpoint now. Nobody
+writes to such a directory any more, so drafts there that are older than the grace period go too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterable
 from typing import Any, cast
 
 from arc_dist.checkpoint_store import pins
@@ -47,7 +51,7 @@ TOMBSTONE = _BODY + f',\n"manifest_digest": "sha256:{digest_of(_BODY)}"\n}}\n'.e
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
-    """A directory without a manifest.
+    """A directory without a manifest, or one with drafts that nobody will finish.
 
     Attributes:
         directory: its name below the run.
@@ -58,6 +62,7 @@ class Orphan:
         due: whether it may be removed.
         why: the reason.
         removed: whether it was.
+        drafts: when not empty, only these files of the directory are meant; it is a checkpoint.
     """
 
     directory: str
@@ -68,6 +73,7 @@ class Orphan:
     due: bool
     why: str
     removed: bool = False
+    drafts: tuple[str, ...] = ()
 
 
 def find_orphans(
@@ -78,7 +84,7 @@ def find_orphans(
     owner: str | None = None,
     now: float | None = None,
 ) -> list[Orphan]:
-    """Looks at the directories without a manifest. Changes nothing.
+    """Looks at the directories without a manifest, and for drafts in the others. Changes nothing.
 
     Args:
         backend: where the run is.
@@ -102,6 +108,8 @@ def find_orphans(
     for directory in _without_manifest(backend, run):
         with contextlib.suppress(StoreGone):  # removed or renamed meanwhile: no orphan
             found.append(_examine(backend, run, directory, marks, grace_s, owner, at))
+    if isinstance(backend, LocalBackend):  # elsewhere an unfinished upload has no name
+        found += _old_drafts(backend, run, [orphan.directory for orphan in found], grace_s, at)
     return found
 
 
@@ -118,7 +126,7 @@ def collect_orphans(
     Arguments and errors as `find_orphans`.
 
     Returns:
-        All directories without a manifest, with what became of them.
+        All that was found, with what became of it.
     """
     at = time.time() if now is None else now
     found = find_orphans(backend, run, grace_s=grace_s, owner=owner, now=at)
@@ -182,8 +190,43 @@ def _examine(
     )
 
 
+def _old_drafts(
+    backend: LocalBackend, run: str, without_manifest: list[str], grace_s: float, now: float
+) -> list[Orphan]:
+    found: list[Orphan] = []
+    names = [e.name for e in backend.list(run) if e.is_directory] if backend.exists(run) else []
+    for directory in sorted(set(names) - set(without_manifest)):
+        step = step_of_directory(directory)
+        if step is None:
+            continue
+        path = f"{run}/{directory}"
+        with contextlib.suppress(StoreGone):  # pruned meanwhile
+            entries = [e.name for e in backend.list(path) if e.name.startswith(".") and e.name.endswith(".tmp")]
+            times = _modified_at(backend, path, entries)
+            drafts = tuple(sorted(name for name, at in times.items() if now - at >= grace_s))
+            if drafts:
+                sizes = _sizes(backend, path)
+                found.append(
+                    Orphan(
+                        directory=directory,
+                        step=step,
+                        owner=None,
+                        nbytes=sum(sizes.get(name, 0) for name in drafts),
+                        age_s=now - max(times[name] for name in drafts),
+                        due=True,
+                        why=f"{len(drafts)} drafts of an interrupted copy; the checkpoint itself stays",
+                        drafts=drafts,
+                    )
+                )
+    return found
+
+
 def _collect(backend: Backend, run: str, orphan: Orphan) -> Orphan:
     path = f"{run}/{orphan.directory}"
+    if orphan.drafts:
+        for name in orphan.drafts:
+            backend.remove(f"{path}/{name}")
+        return dataclasses.replace(orphan, removed=True)
     manifest = f"{path}/{MANIFEST_NAME}"
     if not backend.create_exclusive(manifest, TOMBSTONE) and _manifest_of(backend, path) != TOMBSTONE:
         return dataclasses.replace(orphan, due=False, why="was committed at this moment")
@@ -224,14 +267,19 @@ def _changed_at(
 ) -> float:
     """When something in a directory changed last, in seconds since 1970; `now` when nothing is known."""
     if isinstance(backend, LocalBackend):
-        full = backend.root / path
-        times: list[float] = []
-        for name in (full, *(full / name for name in sizes)):
-            with contextlib.suppress(StoreGone), translated("looking at", str(name)):
-                times.append(os.stat(name).st_mtime)
-        return max(times, default=now)
+        return max(_modified_at(backend, path, ["", *sizes]).values(), default=now)
     look, since = marks.sightings.get(directory, ("", now))
     return since if look == _look(sizes) else now
+
+
+def _modified_at(backend: LocalBackend, path: str, names: Iterable[str]) -> dict[str, float]:
+    """Times of change by name; '' is the directory itself. What is gone meanwhile is left out."""
+    times: dict[str, float] = {}
+    for name in names:
+        full = backend.root / path / name
+        with contextlib.suppress(StoreGone), translated("looking at", str(full)):
+            times[name] = os.stat(full).st_mtime
+    return times
 
 
 def _sizes(backend: Backend, path: str) -> dict[str, int]:
