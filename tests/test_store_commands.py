@@ -283,3 +283,9 @@ def test_steps_and_runs_that_are_not_there(long_run: Path, tmp_path: Path, capsy
     assert arc("prune", str(tmp_path / "empty"), "--keep", "last=2") == NOTHING_THERE
     assert arc("unpin", str(long_run), "--step", "20", "--run-name", "run") == OK
     assert "was not pinned" in capsys.readouterr().out
+    import shutil
+
+    assert arc("pin", str(long_run / "run" / "step-00000030")) == OK
+    shutil.rmtree(long_run / "run" / "step-00000030")
+    assert arc("unpin", str(long_run / "run"), "--step", "30") == OK
+    assert arc("unpin", str(long_run / "run"), "--step", "30") == NOTHING_THERE

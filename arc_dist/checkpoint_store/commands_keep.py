@@ -80,6 +80,9 @@ def pin_one(args: argparse.Namespace) -> int:
 def unpin_one(args: argparse.Namespace) -> int:
     """Takes a pin away. A step that has none is left as it is, which is no error."""
     found = _one(args)
+    runs = find_runs(args.path, args.run_name)
+    if found is None and len(runs) == 1 and args.step in runs[0].marks().pins:
+        found = (runs[0], args.step)  # the step was removed by hand; its pin would wait for the next one of this number
     if found is None:
         return nothing(args.path, step=args.step, quiet=args.json)
     run, step = found
