@@ -108,7 +108,8 @@ def copy_step(
         StoreCorrupt: a byte of the source differs from its manifest; the file and the tensor are named.
         Fenced: the target's directory belongs to another attempt at the step.
         ConfigError: source and target are the same place; the target cannot create exclusively.
-        StoreError: see `arc_dist.errors`. After any error the target has no manifest that it had not before.
+        StoreError: see `arc_dist.errors`. The target has no new manifest then, unless what failed was the last fsync,
+            behind it.
     """
     target_run = check_run_name(run if target_run is None else target_run)
     if max_bytes_per_s is not None and not max_bytes_per_s > 0:
