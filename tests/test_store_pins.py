@@ -172,7 +172,7 @@ def test_quarantine_in_the_middle_of_a_prune_changes_its_mind(store: Store, monk
 
     monkeypatch.setattr(Catalog, "delete", delete_and_learn)
     removed = prune(store.backend, "run", Retention(last=2))
-    assert [row.step for row in removed] == [1, 2]
+    assert [row.step for row in removed.removed] == [1, 2]
     newest = store.newest()
     assert newest is not None and newest.step == 4
 
@@ -186,7 +186,7 @@ def test_a_plan_says_why_and_changes_nothing(store: Store) -> None:
     assert all(row.nbytes > 0 for row in plan.rows)
     assert present(store) == [1, 2, 3, 4, 5]
     removed = prune(store.backend, "run", Retention(last=2, best=(Best(metric="loss"),)))
-    assert [row.step for row in removed] == [1, 3]
+    assert [row.step for row in removed.removed] == [1, 3]
     assert present(store) == [2, 4, 5]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -297,3 +299,34 @@ def test_the_manifest_of_another_step_is_refused(root: Path, target: str) -> Non
     assert json.loads(path.read_bytes())["step"] == 11
     with pytest.raises(StoreCorrupt, match="not of step-00000010"):
         copy(root, target)
+
+
+_COPY = """
+import sys
+from arc_dist.checkpoint_store.backends import open_backend
+from arc_dist.checkpoint_store.transfer import copy_step
+source, target, rate = sys.argv[1:]
+print("begin", flush=True)
+copy_step(open_backend(source), "run", "step-00000010", open_backend(target), max_bytes_per_s=float(rate) or None,
+          progress=lambda nbytes: print(nbytes, flush=True))
+"""
+
+
+@pytest.mark.parametrize("num_lines", [1, 3, 9, 30, 60])
+def test_a_copy_that_is_killed_is_no_checkpoint_and_is_taken_up(root: Path, tmp_path: Path, num_lines: int) -> None:
+    """SIGKILL after so many lines of progress: in the middle of files, or with nothing but the manifest missing."""
+    target = str(tmp_path / "target")
+    nbytes = Store(root).manifest(STEP).nbytes
+    argv = [sys.executable, "-c", _COPY, str(root), target, str(nbytes / 3)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(num_lines):
+            if not process.stdout.readline():
+                break
+        process.kill()
+    if Path(target).exists():  # what is there is the whole step or no step
+        assert all(Store(target).open(info.step).verify() == [] for info in Store(target).steps())
+    copy(root, target)
+    assert Store(target).open(STEP).verify() == []
+    copied, original = files_in(open_backend(target)), files_in(open_backend(root))
+    assert {name: data for name, data in copied.items() if not name.startswith(".")} == original

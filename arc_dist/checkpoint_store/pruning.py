@@ -82,7 +82,7 @@ def plan_prune(backend: Backend, run: str, policy: Retention, now: float) -> Pla
         for i in infos
         if i.problem is not None
     ]
-    return Plan(rows=tuple(sorted(rows, key=lambda r: (r.step, r.directories))), marks_number=marks.number)
+    return Plan(rows=_sorted(rows), marks_number=marks.number)
 
 
 def prune(
@@ -91,8 +91,8 @@ def prune(
     policy: Retention,
     *,
     clock: Callable[[], float] = time.time,
-) -> list[Planned]:
-    """Removes what the policy does not keep, the oldest steps first; returns what was removed.
+) -> Plan:
+    """Removes what the policy does not keep, the oldest steps first; returns what was removed and what is kept.
 
     Raises:
         StoreCorrupt: the pins cannot be read; nothing is removed.
@@ -104,7 +104,8 @@ def prune(
         plan = plan_prune(backend, run, policy, clock())
         if _remove(backend, run, catalog, plan, removed):
             _forget(backend, run, removed)
-            return removed
+            rows = [*removed, *(row for row in plan.rows if row.kept)]
+            return Plan(rows=_sorted(rows), marks_number=plan.marks_number)
     raise StoreError(f"{backend.url}/{run}: pins and quarantine change all the time. Prune again later.")
 
 
@@ -154,6 +155,10 @@ def release_steps(backend: Backend, run: str, step: int) -> list[str]:
     names = {info.directory for info in Catalog(backend, run).infos(pins.Marks()) if info.step == step}
     pins.change_marks(backend, run, change)
     return sorted(directories)
+
+
+def _sorted(rows: list[Planned]) -> tuple[Planned, ...]:
+    return tuple(sorted(rows, key=lambda row: (row.step, row.directories)))
 
 
 def _facts(commits: list[StepInfo]) -> StepFacts:

@@ -33,6 +33,7 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import Manifest
+from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_orphans
 from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
 from arc_dist.checkpoint_store.owners import require_owner, take_over
 from arc_dist.checkpoint_store.reader import Checkpoint
@@ -274,7 +275,7 @@ class Store:
         if (retention is None) == (keep_last is None):
             raise ConfigError("Store.prune: give either a Retention or keep_last=N.")
         policy = retention or Retention(last=keep_last or 0)
-        return [row.step for row in prune(self._backend, self.run, policy)]
+        return [row.step for row in prune(self._backend, self.run, policy).removed]
 
     def pin(self, step: int, why: str = "") -> None:
         """Keeps a step, whatever the policy, until `unpin`.
@@ -298,6 +299,17 @@ class Store:
             The steps that have a commit in quarantine now.
         """
         return quarantine_steps(self._backend, self.run, first, last, why)
+
+    def collect_orphans(self, *, grace_s: float = DEFAULT_GRACE_S) -> list[Orphan]:
+        """Removes what saves that never ended left, never this owner's attempts nor a save in progress.
+
+        Args:
+            grace_s: how long nothing in a directory must have changed; see `orphans` for the whole rule.
+
+        Raises:
+            ConfigError: `grace_s` is too short.
+        """
+        return collect_orphans(self._backend, self.run, grace_s=grace_s, owner=self._owner or self._alone)
 
     def discard(self, step: int, *, generation: int, world_size: int) -> bool:
         """Removes this owner's uncommitted attempt at a step. Call it only when no rank writes to it any more.

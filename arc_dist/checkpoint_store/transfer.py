@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from arc_dist.checkpoint_store.backends import Backend, Source
 from arc_dist.checkpoint_store.commit import check_written
@@ -24,8 +24,10 @@ from arc_dist.checkpoint_store.format import (
     check_run_name,
     digest_of,
     new_hash,
+    step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import FileEntry, Manifest, parse_manifest
+from arc_dist.checkpoint_store.pins import change_marks, read_marks
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
 _BLOCK_BYTES = 4 << 20  # as the writer's: small enough to stay in the cache for the hash
@@ -106,7 +108,8 @@ def copy_step(
         StoreCorrupt: a byte of the source differs from its manifest; the file and the tensor are named.
         Fenced: the target's directory belongs to another attempt at the step.
         ConfigError: source and target are the same place; the target cannot create exclusively.
-        StoreError: see `arc_dist.errors`. After any error the target has no manifest that it had not before.
+        StoreError: see `arc_dist.errors`. The target has no new manifest then, unless what failed was the last fsync,
+            behind it.
     """
     target_run = check_run_name(run if target_run is None else target_run)
     if max_bytes_per_s is not None and not max_bytes_per_s > 0:
@@ -139,6 +142,34 @@ def copy_step(
         num_sent=len(sent),
         num_present=len(job.entries()) - len(sent),
         committed=committed,
+    )
+
+
+def copy_marks(
+    source: Backend, run: str, directories: Collection[str], target: Backend, *, target_run: str | None = None
+) -> None:
+    """Brings the pins and the quarantine of some steps to the target. Call it before the steps are copied.
+
+    Otherwise a poisoned step would be restorable in the target for a while. Marks that are there already stay.
+
+    Raises:
+        StoreError: see `arc_dist.errors`; StoreCorrupt when the marks of either place cannot be read.
+    """
+    target_run = check_run_name(run if target_run is None else target_run)
+    marks = read_marks(source, run)
+    steps = {step_of_directory(directory) for directory in directories}
+    pinned = {step: pin for step, pin in marks.pins.items() if step in steps}
+    quarantined = {name: mark for name, mark in marks.quarantined.items() if name in directories}
+    if not pinned and not quarantined:
+        return
+    target.prepare()
+    target.make_directory(target_run)
+    change_marks(
+        target,
+        target_run,
+        lambda there: dataclasses.replace(
+            there, pins={**pinned, **there.pins}, quarantined={**quarantined, **there.quarantined}
+        ),
     )
 
 
