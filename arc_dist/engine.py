@@ -164,6 +164,11 @@ class Engine:
             self._checkpointer.forget_after(from_step - 1)
         if self.rank == 0:
             self._tell(lambda: self.coordinator.poison(from_step, to_step, self.env.generation))
+            store = self.store
+            if store is not None:
+                # The coordinator forgets with the job. In a thread, because storage may be slow and training goes on.
+                why = f"generation {self.env.generation} rolled back to step {from_step - 1}"
+                threading.Thread(target=store.quarantine, args=(from_step, to_step, why), daemon=True).start()
 
     def _tell(self, say: Callable[[], object]) -> None:
         """Tells the coordinator something; training does not stop for one that cannot be reached."""

@@ -129,6 +129,14 @@ class Tiers:
         for store in self.stores:
             store.take_over()
 
+    def quarantine(self, first: int, last: int, why: str) -> None:
+        """As `Store.quarantine`, for each tier; one that cannot be marked is said and does not stop the others."""
+        for store in self.stores:
+            try:
+                store.quarantine(first, last, why)
+            except StoreError as error:
+                _log.warning("steps %d to %d were not put in quarantine: %s", first, last, error.message)
+
     def discard(self, tier: int, step: int, *, generation: int, world_size: int) -> None:
         """Removes what an attempt that moved on has left in `tier`; what cannot be removed stays for `arc prune`."""
         try:
