@@ -1,0 +1,592 @@
+"""`dcp.save`, `dcp.async_save` and `dcp.load` through ArcWriter and ArcReader: verified, committed once, no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from arc_dist.checkpoint_store import Store
+from arc_dist.checkpoint_store.dcp import ArcLoadPlanner, ArcReader, ArcWriter
+from arc_dist.checkpoint_store.format import known_dtypes
+from arc_dist.errors import ConfigError
+from ranks import rank_outcomes, run_ranks
+from store_helpers import files_of, random_tensor, same_bits
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+
+
+def nested_state(seed: int = 0) -> dict[str, Any]:
+    """Tensors of every dtype, empty ones, numbers, and containers that DCP flattens or takes as one object."""
+    return {
+        "model": {name: random_tensor((3, 5), name, seed + i) for i, name in enumerate(known_dtypes())},
+        "empty": torch.empty(0, 4),
+        "optimizer": {
+            "state": {"w": {"step": torch.tensor(7.0 + seed), "exp_avg": random_tensor((4, 2), "float32", seed)}},
+            "param_groups": [{"lr": 0.1 + seed, "betas": (0.9, 0.999), "params": ["w"], "foreach": None}],
+        },
+        "list": [torch.arange(3) + seed, {"inner": torch.ones(2) * seed}],
+        "train": OrderedDict(step=3 + seed, name="a run", blob=b"\x80\x04pickle-like \x00", nan=float("nan")),
+        "dtype": torch.bfloat16,
+        "pair": (seed, torch.tensor([1, 2]) + seed),
+    }
+
+
+def blank(value: Any) -> Any:
+    """The same structure with other content."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: blank(item) for key, item in value.items()}
+    if isinstance(value, list) and any(isinstance(item, (torch.Tensor, dict)) for item in value):
+        return [blank(item) for item in value]
+    return None
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and same_bits(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def failures(error: BaseException) -> str:
+    """The text of what failed on each rank."""
+    assert isinstance(error, CheckpointException), error
+    return str(error)
+
+
+@contextlib.contextmanager
+def checkpoint_fails() -> Iterator[list[BaseException]]:
+    """CheckpointException is a BaseException."""
+    caught: list[BaseException] = []
+    with pytest.raises(CheckpointException) as info:
+        yield caught
+    caught.append(info.value)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+# ---- one process
+
+
+def test_a_nested_state_round_trips_bit_for_bit(tmp_path: Path) -> None:
+    state = nested_state()
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=5, meta={"loss": 0.25}))
+    loaded = blank(state)
+    dcp.load(loaded, storage_reader=ArcReader(tmp_path))
+    assert same(dict(state, train=dict(state["train"])), loaded)
+    checkpoint = Store(tmp_path).open(5)
+    assert checkpoint.verify() == []
+    assert (checkpoint.meta["loss"], checkpoint.manifest.certified) == (0.25, True)
+
+
+def test_stock_torch_and_our_reader_read_what_dcp_saved(tmp_path: Path) -> None:
+    state = nested_state()
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=5))
+    stock = {"model": blank(state["model"])}
+    dcp.load(stock, storage_reader=HuggingFaceStorageReader(str(tmp_path / "run" / "step-00000005")))
+    assert same(stock["model"], state["model"])
+    checkpoint = Store(tmp_path).open(5)
+    specs = checkpoint.specs()
+    (tensor,) = checkpoint.read([specs["optimizer.state.w.exp_avg"]])
+    assert same_bits(tensor, state["optimizer"]["state"]["w"]["exp_avg"])
+
+
+def test_the_nested_state_comes_back_from_nothing(tmp_path: Path) -> None:
+    state = nested_state()
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=5))
+    found = _load_state_dict_from_keys(storage_reader=ArcReader(tmp_path))
+    assert same(dict(state, train=dict(state["train"])), found)
+
+
+def test_no_file_is_a_pickle_and_none_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = nested_state()
+    forbidden: list[str] = []
+
+    def refuse(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            forbidden.append(name)
+            raise AssertionError(name)
+
+        return call
+
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse(name))
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=5), no_dist=True)
+    dcp.load(blank(state), storage_reader=ArcReader(tmp_path), no_dist=True)
+    assert forbidden == []
+    for path in files_of(tmp_path):
+        assert path.suffix in (".json", ".safetensors"), path
+        assert not path.read_bytes().startswith((b"\x80", b"PK")), path
+
+
+def test_the_newest_certified_step_is_taken_and_any_can_be_named(tmp_path: Path) -> None:
+    for step, certified in ((1, True), (2, True), (3, False)):
+        dcp.save({"x": torch.tensor(step)}, storage_writer=ArcWriter(tmp_path, step=step, certified=certified))
+    for step, expected in ((None, 2), (1, 1), (3, 3)):
+        state = {"x": torch.tensor(0)}
+        dcp.load(state, storage_reader=ArcReader(tmp_path, step=step))
+        assert state["x"].item() == expected
+
+
+def test_one_writer_serves_many_steps_by_checkpoint_id(tmp_path: Path) -> None:
+    writer, reader = ArcWriter(tmp_path, run="a"), ArcReader(tmp_path, run="a")
+    for step, name in ((10, "10"), (20, "step-20"), (30, f"{tmp_path}/a/step-00000030"), (40, f"{tmp_path}/step-40")):
+        dcp.save({"x": torch.tensor(step)}, checkpoint_id=name, storage_writer=writer)
+        state = {"x": torch.tensor(0)}
+        dcp.load(state, checkpoint_id=name, storage_reader=reader)
+        assert state["x"].item() == step
+    assert [info.step for info in Store(tmp_path, run="a").steps()] == [10, 20, 30, 40]
+    with pytest.raises(ConfigError, match="stored nowhere else"):
+        dcp.save({"x": torch.tensor(0)}, checkpoint_id="/elsewhere/step-50", storage_writer=writer)
+    with pytest.raises(ConfigError, match="names no step"):
+        dcp.save({"x": torch.tensor(0)}, checkpoint_id="last", storage_writer=writer)
+
+
+def test_a_step_saved_again_is_another_commit_and_the_newer_counts(tmp_path: Path) -> None:
+    for value in (1, 2):
+        dcp.save({"x": torch.tensor(value)}, storage_writer=ArcWriter(tmp_path, step=5))
+    state = {"x": torch.tensor(0)}
+    dcp.load(state, storage_reader=ArcReader(tmp_path))
+    assert state["x"].item() == 2
+    assert len(list((tmp_path / "run").iterdir())) == 2
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00000.json", "manifest.json"])
+def test_a_flipped_bit_is_found_before_any_tensor_changes(tmp_path: Path, file: str) -> None:
+    state = nested_state()
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=5))
+    path = tmp_path / "run" / "step-00000005" / file
+    flip(path, path.stat().st_size // 2)
+    loaded = blank(state)
+    with checkpoint_fails() as caught:
+        dcp.load(loaded, storage_reader=ArcReader(tmp_path, step=5))
+    assert file in failures(caught[0])
+    assert same(loaded, blank(state))
+
+
+class Unknown:
+    """State that only pickle could store."""
+
+
+def test_an_object_without_encoding_is_refused_by_its_name(tmp_path: Path) -> None:
+    state = {"x": torch.ones(2), "sched": {"inner": {"fn": [1, Unknown()]}}}
+    with checkpoint_fails() as caught:
+        dcp.save(state, storage_writer=ArcWriter(tmp_path, step=5))
+    text = failures(caught[0])
+    assert "sched.inner.fn.1" in text
+    assert "Unknown" in text
+    assert "ConfigError" in text
+    assert Store(tmp_path).steps() == []
+
+
+def test_what_has_no_plain_bytes_is_refused_by_its_name(tmp_path: Path) -> None:
+    bad = {
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.empty(2, device="meta"),
+        "complex": torch.ones(2, dtype=torch.complex128),
+    }
+    for name, tensor in bad.items():
+        with checkpoint_fails() as caught:
+            dcp.save({"ok": torch.ones(1), name: tensor}, storage_writer=ArcWriter(tmp_path, step=5))
+        assert name in failures(caught[0])
+    assert Store(tmp_path).steps() == []
+
+
+def test_missing_steps_and_arguments_are_clear(tmp_path: Path) -> None:
+    state = {"x": torch.ones(1)}
+    with checkpoint_fails() as caught:
+        dcp.save(state, storage_writer=ArcWriter(tmp_path))
+    assert "which step?" in failures(caught[0])
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=1, certified=False))
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(tmp_path))
+    assert "no certified step" in failures(caught[0])
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(tmp_path, step=7))
+    assert "has no committed step 7. It has: 1." in failures(caught[0])
+    with pytest.raises(ConfigError, match="use_collectives"):
+        dcp.save(state, storage_writer=ArcWriter(tmp_path, step=2), use_collectives=False, no_dist=True)
+    with pytest.raises(ConfigError, match="reserved"):
+        ArcWriter(tmp_path, step=1, meta={"dcp": 1})
+    with pytest.raises(ConfigError, match="whole number"):
+        ArcWriter(tmp_path, step=-1)
+    assert [info.step for info in Store(tmp_path).steps()] == [1]
+
+
+def test_missing_keys_and_other_shapes_with_torchs_planner(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(3)}, storage_writer=ArcWriter(tmp_path, step=1))
+    with checkpoint_fails() as caught:
+        dcp.load({"x": torch.ones(3), "y": torch.ones(1)}, storage_reader=ArcReader(tmp_path))
+    assert "Missing key in checkpoint state_dict: y" in failures(caught[0])
+    with checkpoint_fails() as caught:
+        dcp.load({"x": torch.ones(4)}, storage_reader=ArcReader(tmp_path))
+    assert "Size mismatch" in failures(caught[0])
+
+
+def test_another_dtype_is_an_error_unless_asked_for(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(1), "x": torch.full((3,), 1.001)}, storage_writer=ArcWriter(tmp_path, step=1))
+    state = {"a": torch.zeros(1), "x": torch.zeros(3, dtype=torch.bfloat16)}
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(tmp_path))
+    assert "x: torch.float32 [3] in the checkpoint, torch.bfloat16 [3] in the state" in failures(caught[0])
+    assert state["a"].item() == 0
+    dcp.load(state, storage_reader=ArcReader(tmp_path, convert_dtype=True))
+    assert same_bits(state["x"], torch.full((3,), 1.001).to(torch.bfloat16))
+
+
+class PicklingPlanner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        raise AssertionError("must not be called")
+
+
+def test_a_planner_that_wants_a_pickle_is_refused(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(1), "n": 3}, storage_writer=ArcWriter(tmp_path, step=1))
+    with checkpoint_fails() as caught:
+        dcp.load({"x": torch.zeros(1), "n": 0}, storage_reader=ArcReader(tmp_path), planner=PicklingPlanner())
+    assert "PicklingPlanner.load_bytes wants a pickle" in failures(caught[0])
+    only_tensors = {"x": torch.zeros(1)}
+    dcp.load(only_tensors, storage_reader=ArcReader(tmp_path), planner=PicklingPlanner())
+    assert only_tensors["x"].item() == 1
+
+
+def test_planners_that_do_not_flatten(tmp_path: Path) -> None:
+    state = {"x": torch.arange(4), "n": {"deep": [1, 2]}}
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=1), planner=DefaultSavePlanner(flatten_state_dict=False))
+    loaded: dict[str, Any] = {"x": torch.zeros(4, dtype=torch.int64), "n": None}
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(loaded, storage_reader=ArcReader(tmp_path), planner=planner)
+    assert same(planner.state_dict, state)
+
+
+# ---- partial load
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    state = {"model": {"a": torch.ones(2), "b": torch.ones(3)}, "optimizer": {"a": torch.ones(2)}, "step": 4}
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=1))
+    return tmp_path
+
+
+def test_the_model_alone_is_loaded_strictly(trained: Path) -> None:
+    planner = ArcLoadPlanner()
+    state = {"model": {"a": torch.zeros(2), "b": torch.zeros(3)}}
+    dcp.load(state, storage_reader=ArcReader(trained), planner=planner)
+    assert same(state["model"], {"a": torch.ones(2), "b": torch.ones(3)})
+    assert (planner.report.missing, planner.report.unexpected) == ((), ())
+    assert planner.report.not_asked == ("optimizer.a", "step")
+
+
+def test_a_strict_load_names_every_difference(trained: Path) -> None:
+    planner = ArcLoadPlanner()
+    state = {"model": {"a": torch.zeros(2), "c": torch.zeros(3), "d": torch.zeros(3)}}
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(trained), planner=planner)
+    assert "CheckpointMismatch" in failures(caught[0])
+    for line in ("model.c: not in the checkpoint", "model.d: not in", "model.b: in the checkpoint, but not in the"):
+        assert line in failures(caught[0])
+    assert planner.report.missing == ("model.c", "model.d")
+    assert planner.report.unexpected == ("model.b",)
+    assert state["model"]["a"].tolist() == [0, 0]
+
+
+def test_a_load_that_is_not_strict_takes_what_both_have(trained: Path) -> None:
+    planner = ArcLoadPlanner(strict=False)
+    state = {"model": {"a": torch.zeros(2), "head": torch.full((3,), 9.0)}}
+    dcp.load(state, storage_reader=ArcReader(trained), planner=planner)
+    assert same(state["model"], {"a": torch.ones(2), "head": torch.full((3,), 9.0)})
+    assert planner.report.missing == ("model.head",)
+    assert planner.report.unexpected == ("model.b",)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_shape_or_kind_is_an_error_in_any_case(trained: Path, strict: bool) -> None:
+    state = {"model": {"a": torch.zeros(5), "b": "text"}, "step": torch.zeros(1)}
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(trained), planner=ArcLoadPlanner(strict=strict))
+    text = failures(caught[0])
+    assert "model.a: [2] in the checkpoint, [5] in the state" in text
+    assert "model.b: a tensor in the checkpoint, a str in the state" in text
+    assert "step: an object in the checkpoint, a tensor in the state" in text
+
+
+def test_a_flat_state_expects_all_names(trained: Path) -> None:
+    planner = ArcLoadPlanner(strict=False)
+    dcp.load({"model.a": torch.zeros(2)}, storage_reader=ArcReader(trained), planner=planner)
+    assert planner.report.unexpected == ("model.b", "optimizer.a", "step")
+    with pytest.raises(ConfigError, match="nothing has been loaded"):
+        _ = ArcLoadPlanner().report
+
+
+# ---- several ranks
+
+
+def whole_state() -> dict[str, torch.Tensor]:
+    return {"even": random_tensor((8, 3), "float32", 1), "uneven": random_tensor((5, 2), "bfloat16", 2)}
+
+
+def sharded(world_size: int, fill: bool) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    tensors = {
+        n: distribute_tensor(t if fill else torch.zeros_like(t), mesh, [Shard(0)]) for n, t in whole_state().items()
+    }
+    extra = {"copy": torch.arange(6.0), "empty": torch.empty(0, 3), "lr": 0.5} if fill else None
+    return {"model": tensors, **(extra or {"copy": torch.zeros(6), "empty": torch.empty(0, 3), "lr": 0.0})}
+
+
+def is_loaded(state: dict[str, Any]) -> bool:
+    tensors = all(same_bits(state["model"][n].full_tensor(), t) for n, t in whole_state().items())
+    return tensors and same_bits(state["copy"], torch.arange(6.0)) and state["lr"] == 0.5
+
+
+def save_and_load(rank: int, world_size: int, root: str) -> list[str]:
+    dcp.save(sharded(world_size, True), storage_writer=ArcWriter(root, step=3))
+    state = sharded(world_size, False)
+    assert not is_loaded(state)
+    dcp.load(state, storage_reader=ArcReader(root))
+    assert is_loaded(state)
+    return sorted(path.name for path in Path(root, "run", "step-00000003").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_save_and_load_together(tmp_path: Path, world_size: int) -> None:
+    names = run_ranks(world_size, save_and_load, str(tmp_path))[0]
+    assert len(names) == 2 * world_size + 2
+    manifest = Store(tmp_path).open(3).manifest
+    assert manifest.world_size == world_size
+    assert {t.name for t in manifest.tensors} == {"model.even", "model.uneven", "copy", "empty"}
+    assert Store(tmp_path).open(3).verify() == []
+
+
+def save_async(rank: int, world_size: int, root: str, kind: str) -> None:
+    state = sharded(world_size, True)
+    future = dcp.async_save(
+        state, storage_writer=ArcWriter(root, step=3), async_checkpointer_type=AsyncCheckpointerType(kind)
+    )
+    for tensor in [*state["model"].values(), state["copy"]]:  # training goes on while the copy is written
+        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
+    future = getattr(future, "upload_completion", future)
+    future.result(timeout=90)
+    loaded = sharded(world_size, False)
+    dcp.load(loaded, storage_reader=ArcReader(root, step=3))
+    assert is_loaded(loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_async_saves_commit_what_was_staged(tmp_path: Path, kind: str) -> None:
+    run_ranks(2, save_async, str(tmp_path), kind, timeout_s=100, collective_timeout_s=90)
+    assert Store(tmp_path).open(3).verify() == []
+
+
+def fail_on_one_rank(rank: int, world_size: int, root: str, bad_rank: int) -> str:
+    """One rank has state that cannot be stored: it fails in write_data, after the others may have written theirs."""
+    state = sharded(world_size, True)
+    mesh = init_device_mesh("cpu", (world_size,))
+    dtype = torch.complex128
+    state["bad"] = distribute_tensor(torch.ones(world_size, dtype=dtype), mesh, [Shard(0)]).to(dtype)
+    if rank != bad_rank:
+        state["bad"] = DTensor.from_local(torch.ones(1), mesh, [Shard(0)])
+    writer = ArcWriter(root, step=3)
+    began = time.monotonic()
+    with checkpoint_fails() as caught:
+        dcp.save(state, storage_writer=writer)
+    assert time.monotonic() - began < 10
+    dist.barrier()
+    assert Store(root).steps() == []
+    text = failures(caught[0])
+
+    del state["bad"]  # the same writer then saves the same step, and what the failed save left is gone
+    dcp.save(state, storage_writer=writer)
+    dist.barrier()
+    assert [path.name for path in Path(root, "run").iterdir()] == ["step-00000003"]
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_rank_that_fails_fails_the_save_on_all_ranks(tmp_path: Path, bad_rank: int) -> None:
+    for text in run_ranks(2, fail_on_one_rank, str(tmp_path), bad_rank):
+        assert f"(RANK {bad_rank})" in text
+        assert f"(RANK {1 - bad_rank})" not in text
+        assert "tensor bad: dtype complex128" in text
+    assert Store(tmp_path).open(3).verify() == []
+
+
+def load_damaged(rank: int, world_size: int, root: str) -> str:
+    """The damaged shard is wanted by rank 1 only; rank 0 must not have changed its tensors either."""
+    dcp.save(sharded(world_size, True), storage_writer=ArcWriter(root, step=3))
+    dist.barrier()
+    if rank == 0:
+        entry = next(t for t in Store(root).open(3).manifest.tensors if t.name == "model.even")
+        chunk = next(c for c in entry.chunks if c.offsets == (4, 0))
+        flip(Path(root, "run", "step-00000003", chunk.file), chunk.start)
+    dist.barrier()
+    mesh = init_device_mesh("cpu", (world_size,))
+    state = {"model": {"even": distribute_tensor(torch.zeros(8, 3), mesh, [Shard(0)])}}
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(root))
+    assert state["model"]["even"].to_local().abs().sum() == 0
+    return failures(caught[0])
+
+
+@pytest.mark.slow
+def test_damage_that_one_rank_sees_leaves_all_ranks_untouched(tmp_path: Path) -> None:
+    for text in run_ranks(2, load_damaged, str(tmp_path)):
+        assert "(RANK 1)" in text
+        assert "(RANK 0)" not in text
+        assert "the bytes of tensor model.even differ" in text
+
+
+def save_differently(rank: int, world_size: int, root: str) -> str:
+    with checkpoint_fails() as caught:
+        dcp.save({"x": torch.ones(1)}, storage_writer=ArcWriter(root, step=3 + rank))
+    return failures(caught[0])
+
+
+@pytest.mark.slow
+def test_ranks_that_mean_different_steps_are_refused(tmp_path: Path) -> None:
+    for text in run_ranks(2, save_differently, str(tmp_path)):
+        assert "rank 1 saves" in text
+    assert Store(tmp_path).steps() == []
+
+
+def load_differently(rank: int, world_size: int, root: str) -> str:
+    state = {"x": torch.zeros(1)}
+    with checkpoint_fails() as caught:
+        dcp.load(state, storage_reader=ArcReader(root, step=1 + rank))
+    assert state["x"].item() == 0
+    return failures(caught[0])
+
+
+@pytest.mark.slow
+def test_ranks_that_open_different_steps_load_none(tmp_path: Path) -> None:
+    for step in (1, 2):
+        dcp.save({"x": torch.ones(1)}, storage_writer=ArcWriter(tmp_path, step=step))
+    for text in run_ranks(2, load_differently, str(tmp_path)):
+        assert "a step was committed or removed meanwhile" in text
+
+
+def save_with_cached_plans(rank: int, world_size: int, root: str, owner: str | None) -> str:
+    text = ""
+    for step in (1, 2, 3):
+        state = sharded(world_size, True)
+        state["n"] = torch.tensor(step)
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        try:
+            dcp.save(state, storage_writer=ArcWriter(root, step=step, owner=owner), planner=planner)
+        except CheckpointException as error:
+            text = failures(error)
+    return text
+
+
+@pytest.mark.slow
+def test_planners_that_cache_need_an_owner(tmp_path: Path) -> None:
+    for text in run_ranks(2, save_with_cached_plans, str(tmp_path), None):
+        assert "enable_plan_caching=True" in text
+    assert [info.step for info in Store(tmp_path).steps()] == [1]
+    root = tmp_path / "second"
+    assert run_ranks(2, save_with_cached_plans, str(root), "start-1") == ["", ""]
+    for step in (1, 2, 3):
+        assert Store(root).open(step).verify() == []
+        state = {"n": torch.tensor(0)}
+        dcp.load(state, storage_reader=ArcReader(root, step=step))
+        assert state["n"].item() == step
+
+
+# ---- storage that does not answer
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    connections: list[socket.socket] = []
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # closed: the test is over
+            while True:
+                connections.append(server.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    assert connections, "nobody asked the silent server: the fault did not fire"
+    server.close()
+    for connection in connections:
+        connection.close()
+
+
+def save_and_load_on_silence(rank: int, world_size: int) -> list[str]:
+    texts = []
+    began = time.monotonic()
+    for go in (
+        lambda: dcp.save({"x": torch.ones(1)}, storage_writer=ArcWriter("s3://bucket/x", step=1, timeout_s=1.0)),
+        lambda: dcp.load({"x": torch.ones(1)}, storage_reader=ArcReader("s3://bucket/x", timeout_s=1.0)),
+    ):
+        with checkpoint_fails() as caught:
+            go()
+        texts.append(failures(caught[0]))
+    assert time.monotonic() - began < 20
+    return texts
+
+
+@pytest.mark.slow
+def test_storage_that_hangs_is_an_error_before_the_groups_timeout(silent_server: str) -> None:
+    pytest.importorskip("s3fs")
+    env = {"AWS_ENDPOINT_URL": silent_server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for texts in run_ranks(2, save_and_load_on_silence, env=env):
+        for text in texts:
+            assert "storage did not answer within 1 s" in text
+
+
+def die_while_saving(rank: int, world_size: int, root: str) -> str:
+    if rank == 1:
+        os._exit(9)
+    try:
+        dcp.save({"x": torch.ones(1)}, storage_writer=ArcWriter(root, step=1))
+    except Exception as error:  # noqa: BLE001 - gloo's error has many types
+        return type(error).__name__
+    return "saved"
+
+
+@pytest.mark.slow
+def test_a_dead_rank_leaves_no_commit(tmp_path: Path) -> None:
+    outcomes = rank_outcomes(2, die_while_saving, str(tmp_path))
+    assert outcomes[1].exit_code == 9
+    assert outcomes[0].value not in (None, "saved")
+    assert not Store(tmp_path).backend.exists("run") or Store(tmp_path).steps() == []
+
+
+def test_a_run_cannot_lead_out_of_the_store() -> None:
+    for kind in (ArcReader, ArcWriter):
+        with pytest.raises(ConfigError, match="cannot be the name of a run"):
+            kind("/x", run="../y")
