@@ -7,7 +7,6 @@ shards) or alone, taken with torch's `get_state_dict`, whose tensors divide unev
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,11 +39,11 @@ LOADED_BY = [("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)]
 class Net(nn.Module):
     """Dimensions of 7, 5, 3, 2 and 1: no world but 1 divides them all, and some have fewer rows than ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 5)
         self.layers = nn.ModuleList([nn.Linear(5, 3), nn.Linear(3, 2, dtype=torch.float32)])
-        self.head = nn.Linear(2, 1)
+        self.head = nn.Linear(2, outputs)
         self.scale = nn.Parameter(torch.ones(2))
         self.register_buffer("table", torch.rand(3, 2))
         self.register_buffer("count", torch.tensor(0))
@@ -56,9 +55,9 @@ class Net(nn.Module):
         return self.head(hidden * self.scale)
 
 
-def build(kind: str, world_size: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(kind: str, world_size: int, seed: int, outputs: int = 1) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model: nn.Module = Net()
+    model: nn.Module = Net(outputs)
     if kind == "fsdp":
         for layer in model.layers:  # type: ignore[union-attr]
             fully_shard(layer)
@@ -153,7 +152,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return str(root), expected
 
 
-@pytest.mark.parametrize(("kind", "world_size"), LOADED_BY, ids=lambda p: str(p))
+@pytest.mark.parametrize(("kind", "world_size"), LOADED_BY, ids=str)
 def test_the_whole_state_is_equal_after_resharding(
     saved: tuple[str, dict[str, str]], kind: str, world_size: int
 ) -> None:
@@ -211,8 +210,7 @@ def test_the_model_alone_is_loaded_on_another_world(saved: tuple[str, dict[str, 
 
 
 def load_other_model(rank: int, world_size: int, root: str) -> str:
-    model, optimizer = build("fsdp", world_size, seed=2)
-    model.head = nn.Linear(2, 4)
+    model, optimizer = build("fsdp", world_size, seed=2, outputs=4)
     with pytest.raises(CheckpointException) as info:
         dcp.load({"app": App(model, optimizer)}, storage_reader=ArcReader(root), planner=ArcLoadPlanner())
     return str(info.value)
