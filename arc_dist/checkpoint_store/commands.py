@@ -16,6 +16,7 @@ import threading
 import time
 from typing import Any
 
+from arc_dist.checkpoint_store import commands_convert
 from arc_dist.checkpoint_store.backends import Backend, open_backend
 from arc_dist.checkpoint_store.catalog import Catalog, StepInfo
 from arc_dist.checkpoint_store.format import MANIFEST_NAME, step_of_directory
@@ -68,6 +69,7 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyrigh
         parser.add_argument("--step", type=int, help="only this step")
     verify.add_argument("--newest", action="store_true", help="only the newest step of each run")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    commands_convert.add_commands(subparsers)
 
 
 def list_steps(args: argparse.Namespace) -> int:

@@ -101,8 +101,8 @@ def encode_objects(objects: Mapping[str, object]) -> dict[str, Any]:
             key = name if inside in ("", "(top)") else f"{name}.{inside}"
             kind = error.fields.get("type", type(value).__qualname__)
             raise ConfigError(
-                f"state_dict key {key}: a {kind} cannot be stored, because checkpoints hold no pickle. Make it of plain "
-                "containers, numbers, strings, bytes and tensors (or give its state_dict()), or leave it out.",
+                f"state_dict key {key}: a {kind} cannot be stored, because checkpoints hold no pickle. Make it of "
+                "plain containers, numbers, strings, bytes and tensors (or give its state_dict()), or leave it out.",
                 key=key,
                 type=kind,
             ) from error

@@ -1,4 +1,4 @@
-"""`ArcLoadPlanner`: says everything that is missing, unexpected or of another shape at once, and loads the rest if asked."""
+"""`ArcLoadPlanner`: names all that is missing, unexpected or of another shape, and loads the rest if asked."""
 
 from __future__ import annotations
 

@@ -204,9 +204,7 @@ class _Opened:
         """Reads and verifies what is asked and not there yet."""
         entries = {tensor.name: tensor for tensor in self.checkpoint.manifest.tensors}
         wanted = {
-            _key(item): item
-            for item in items
-            if item.type == LoadItemType.TENSOR and _key(item) not in self.tensors
+            _key(item): item for item in items if item.type == LoadItemType.TENSOR and _key(item) not in self.tensors
         }
         specs = [_spec(item, entries[item.storage_index.fqn]) for item in wanted.values()]
         self.tensors.update(zip(wanted, self.checkpoint.read(specs), strict=True))
@@ -236,7 +234,7 @@ def _spec(item: ReadItem, tensor: TensorEntry) -> TensorSpec:
 
 
 def _require_default_load_bytes(planner: LoadPlanner, name: str) -> None:
-    """The planner's own way is `torch.load` of a pickle, so objects are put where `DefaultLoadPlanner` would put them."""
+    """Objects are put where `DefaultLoadPlanner` would put them; its own way is `torch.load` of a pickle."""
     if not isinstance(planner, DefaultLoadPlanner) or type(planner).load_bytes is not DefaultLoadPlanner.load_bytes:
         raise ConfigError(
             f"state_dict key {name} is no tensor, and {type(planner).__name__}.load_bytes wants a pickle, which this "

@@ -26,7 +26,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from arc_dist.checkpoint_store.dcp_layout import META_KEY, DcpLayout, checked_paths, encode_objects
 from arc_dist.checkpoint_store.deadline import call_within
-from arc_dist.checkpoint_store.format import ShardTensor, TensorSpec, check_run_name, dtype_name, step_of_directory
+from arc_dist.checkpoint_store.format import (
+    ShardTensor,
+    TensorSpec,
+    check_run_name,
+    dtype_name,
+    step_of_directory,
+    torch_dtype,
+)
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ConfigError, StoreError
 
@@ -128,7 +135,7 @@ class ArcWriter(StorageWriter):
                 attempt, step=self._required_step(), generation=self._generation, owner=self._owner
             )
         tensors = _tensors(plan, planner)
-        tensors += [ShardTensor(spec, torch.empty(spec.shape, dtype=_dtype(spec))) for spec in attempt.empty]
+        tensors += [ShardTensor(spec, torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))) for spec in attempt.empty]
         raw = {item.index.fqn: _raw_object(item, planner) for item in plan.items if item.type == WriteItemType.BYTE_IO}
         objects = encode_objects(raw)
         store = Store(self._url, run=self._run, owner=attempt.owner)
@@ -271,10 +278,6 @@ def _empty_specs(plans: list[SavePlan]) -> list[TensorSpec]:
                 dtype = dtype_name(data.properties.dtype)
                 found[item.index.fqn] = TensorSpec(item.index.fqn, dtype, shape, shape, (0,) * len(shape), True)
     return [found[name] for name in sorted(found)]
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    return getattr(torch, spec.dtype)
 
 
 def _raw_object(item: WriteItem, planner: SavePlanner) -> object:
