@@ -306,6 +306,25 @@ def test_a_truncated_or_missing_data_file(tmp_path: Path) -> None:
     assert list((tmp_path / "store" / "run").iterdir()) == []  # what was begun is removed
 
 
+@pytest.mark.parametrize("kind", ["file", "dcp"])
+def test_a_flipped_bit_in_a_tensor_of_the_source_is_found(tmp_path: Path, kind: str) -> None:
+    """torch itself loads it: it does not compare the checksums of its own zip files."""
+    source = tmp_path / "5"
+    state = {"x": torch.full((1000,), 1.5)}
+    if kind == "file":
+        torch.save(state, source)
+    else:
+        dcp.save(state, checkpoint_id=source, no_dist=True)
+    file = source if kind == "file" else source / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[data.index(torch.full((1000,), 1.5).numpy().tobytes()) + 2000] ^= 1
+    file.write_bytes(data)
+    if kind == "file":
+        assert not torch.equal(torch.load(source, weights_only=True)["x"], state["x"])
+    with pytest.raises(StoreCorrupt, match="differ from its checksum"):
+        import_checkpoint(source, tmp_path / "store")
+
+
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     source = tmp_path / "5"
     dcp.save({"x": torch.ones(200), "y": torch.ones(200)}, checkpoint_id=source, no_dist=True)

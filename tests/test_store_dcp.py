@@ -408,7 +408,7 @@ def test_async_saves_commit_what_was_staged(tmp_path: Path, kind: str) -> None:
     assert Store(tmp_path).open(3).verify() == []
 
 
-def fail_on_one_rank(rank: int, world_size: int, root: str, bad_rank: int) -> str:
+def fail_on_one_rank(rank: int, world_size: int, root: str, bad_rank: int, owner: str | None) -> str:
     """One rank has state that cannot be stored: it fails in write_data, after the others may have written theirs."""
     state = sharded(world_size, True)
     mesh = init_device_mesh("cpu", (world_size,))
@@ -416,7 +416,7 @@ def fail_on_one_rank(rank: int, world_size: int, root: str, bad_rank: int) -> st
     state["bad"] = distribute_tensor(torch.ones(world_size, dtype=dtype), mesh, [Shard(0)]).to(dtype)
     if rank != bad_rank:
         state["bad"] = DTensor.from_local(torch.ones(1), mesh, [Shard(0)])
-    writer = ArcWriter(root, step=3)
+    writer = ArcWriter(root, step=3, owner=owner)
     began = time.monotonic()
     with checkpoint_fails() as caught:
         dcp.save(state, storage_writer=writer)
@@ -425,7 +425,10 @@ def fail_on_one_rank(rank: int, world_size: int, root: str, bad_rank: int) -> st
     assert Store(root).steps() == []
     text = failures(caught[0])
 
-    del state["bad"]  # the same writer then saves the same step, and what the failed save left is gone
+    assert rank != bad_rank or list(Path(root, "run").glob("*/rank-*")), "the other rank had written its part"
+    dist.barrier()
+    del state["bad"]  # the same writer, or the same owner, saves the step again, and what the failed save left is gone
+    writer = writer if owner is None else ArcWriter(root, step=3, owner=owner)
     dcp.save(state, storage_writer=writer)
     dist.barrier()
     assert [path.name for path in Path(root, "run").iterdir()] == ["step-00000003"]
@@ -433,9 +436,9 @@ def fail_on_one_rank(rank: int, world_size: int, root: str, bad_rank: int) -> st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad_rank", [0, 1])
-def test_a_rank_that_fails_fails_the_save_on_all_ranks(tmp_path: Path, bad_rank: int) -> None:
-    for text in run_ranks(2, fail_on_one_rank, str(tmp_path), bad_rank):
+@pytest.mark.parametrize(("bad_rank", "owner"), [(0, None), (1, None), (1, "start-1")])
+def test_a_rank_that_fails_fails_the_save_on_all_ranks(tmp_path: Path, bad_rank: int, owner: str | None) -> None:
+    for text in run_ranks(2, fail_on_one_rank, str(tmp_path), bad_rank, owner):
         assert f"(RANK {bad_rank})" in text
         assert f"(RANK {1 - bad_rank})" not in text
         assert "tensor bad: dtype complex128" in text
@@ -521,6 +524,21 @@ def test_planners_that_cache_need_an_owner(tmp_path: Path) -> None:
         state = {"n": torch.tensor(0)}
         dcp.load(state, storage_reader=ArcReader(root, step=step))
         assert state["n"].item() == step
+
+
+class OwnDataPlanner(DefaultSavePlanner):
+    def create_global_plan(self, all_plans: Any) -> Any:
+        plans, metadata = super().create_global_plan(all_plans)
+        metadata.planner_data = {"own": object()}
+        return plans, metadata
+
+
+def test_a_planner_may_keep_data_of_its_own_in_the_metadata(tmp_path: Path) -> None:
+    state = {"model": {"x": torch.ones(2)}}
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=1), planner=OwnDataPlanner())
+    loaded = blank(state)
+    dcp.load(loaded, storage_reader=ArcReader(tmp_path))
+    assert same(state, loaded)
 
 
 # ---- storage that does not answer

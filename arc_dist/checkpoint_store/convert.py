@@ -7,6 +7,7 @@ Both go through the data in bounded memory: import by groups of about a gibibyte
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ArcError, ConfigError, StoreError, StoreGone
 
+_log = logging.getLogger(__name__)
 _GROUP_BYTES = 1 << 30
 _STEP_IN_NAME = re.compile(r"(?:(?:global_)?step|checkpoint|ckpt|iter)?[-_=]?([0-9]{1,15})(?:\.[A-Za-z]+)?")
 
@@ -247,8 +249,8 @@ def _groups(pieces: Iterable[Piece], group_bytes: int) -> Iterable[list[Piece]]:
 def _discard(store: Store, step: int, world_size: int) -> None:
     try:
         store.discard(step, generation=0, world_size=world_size)
-    except StoreError:
-        pass  # it has no manifest, so it is no checkpoint; the error that led here is the one to tell
+    except StoreError as error:  # it has no manifest, so it is no checkpoint; what led here is the error to raise
+        _log.warning("step %d: files of the import that failed are left: %s", step, error)
 
 
 def _step_of(path: str | os.PathLike[str]) -> int:

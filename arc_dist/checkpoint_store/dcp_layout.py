@@ -79,11 +79,23 @@ def checked_paths(paths: Mapping[Any, Any], where: str) -> dict[str, Path]:
     """
     result: dict[str, Path] = {}
     for name, path in paths.items():
-        parts = list(cast("list[Any]", path)) if isinstance(path, (list, tuple)) else []
-        if not parts or not isinstance(name, str) or not all(_is_part(part) for part in parts):
-            raise _wrong(where, cast("object", path))
-        result[name] = tuple(parts)
+        if not isinstance(name, str) or not _is_path(path):
+            raise _wrong(where, path)
+        result[name] = tuple(path)
     return result
+
+
+def planner_paths(planner_data: object) -> dict[str, Path] | None:
+    """The paths that torch's planners leave in the metadata; None when another planner left something else there.
+
+    What else a planner of the caller's own keeps there is not stored.
+    """
+    if not isinstance(planner_data, dict):
+        return None
+    found = cast("dict[Any, Any]", planner_data)
+    if not all(isinstance(name, str) and _is_path(path) for name, path in found.items()):
+        return None
+    return {name: tuple(path) for name, path in found.items()}
 
 
 def encode_objects(objects: Mapping[str, object]) -> dict[str, Any]:
@@ -133,6 +145,12 @@ def read_objects(checkpoint: Checkpoint, layout: DcpLayout, names: Iterable[str]
 _MAX_INDEX = 1 << 20
 
 
+def _is_path(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(_is_part(part) for part in cast("list[Any]", value))
+
+
 def _is_part(part: object) -> bool:
     return isinstance(part, str) or (type(part) is int and 0 <= part < _MAX_INDEX)
 
@@ -141,4 +159,13 @@ def _wrong(where: str, value: object) -> StoreCorrupt:
     return StoreCorrupt(f"{where}: what it says about DCP is {str(value)[:100]!r}, which cannot be. Use another step.")
 
 
-__all__ = ["META_KEY", "DcpLayout", "Path", "checked_paths", "encode_objects", "layout_of", "read_objects"]
+__all__ = [
+    "META_KEY",
+    "DcpLayout",
+    "Path",
+    "checked_paths",
+    "encode_objects",
+    "layout_of",
+    "planner_paths",
+    "read_objects",
+]

@@ -7,8 +7,8 @@ CheckpointException, and nothing is committed, because only `finish` writes a ma
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import logging
 import math
 import os
 import threading
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from arc_dist.checkpoint_store.dcp_layout import META_KEY, DcpLayout, checked_paths, encode_objects
+from arc_dist.checkpoint_store.dcp_layout import META_KEY, DcpLayout, encode_objects, planner_paths
 from arc_dist.checkpoint_store.deadline import call_within
 from arc_dist.checkpoint_store.format import (
     ShardTensor,
@@ -36,6 +36,8 @@ from arc_dist.checkpoint_store.format import (
 )
 from arc_dist.checkpoint_store.store import Store
 from arc_dist.errors import ConfigError, StoreError
+
+_log = logging.getLogger(__name__)
 
 # Below gloo's default group timeout of 30 minutes: a hanging disk is named before the group gives up without a reason.
 DEFAULT_TIMEOUT_S = 1500.0
@@ -115,7 +117,6 @@ class ArcWriter(StorageWriter):
         self._check_plans(plans)
         store = Store(self._url, run=self._run)
         owner = self._owner or f"dcp-{uuid.uuid4().hex}"
-        self._discard_attempt()  # every rank is here, so nobody writes to an attempt that failed before
         call_within(self._timeout_s, f"preparing {store.url}", lambda _: store.check_writable())
         attempt = _Attempt(
             step=self._required_step(),
@@ -124,6 +125,9 @@ class ArcWriter(StorageWriter):
             owner=owner,
             empty=tuple(_empty_specs(plans)),
         )
+        # Every rank is here, so nobody writes to an attempt that failed before; one owner may save a step again.
+        for old in {self._attempt, attempt if self._owner else None} - {None}:
+            self._discard(cast("_Attempt", old))
         self._attempt = attempt
         return [dataclasses.replace(plan, storage_data=(rank, attempt)) for rank, plan in enumerate(plans)]
 
@@ -167,10 +171,9 @@ class ArcWriter(StorageWriter):
         assert self._attempt is not None
         attempt = self._attempt
         told = [cast("dict[str, Any]", only.storage_data) for (only,) in results]
-        paths = cast("object", metadata.planner_data)
         layout = DcpLayout(
             objects={name: rank for rank, one in enumerate(told) for name in one["objects"]},
-            paths=checked_paths(cast("dict[Any, Any]", paths), "planner_data") if isinstance(paths, dict) else None,
+            paths=planner_paths(metadata.planner_data),
         )
         meta = {**self._meta, "certified": self._certified, META_KEY: layout.to_meta()}
         parts = {rank: one["part"] for rank, one in enumerate(told)}
@@ -214,18 +217,17 @@ class ArcWriter(StorageWriter):
                     rank=rank,
                 )
 
-    def _discard_attempt(self) -> None:
-        """Removes what an earlier save of this writer left when a rank failed."""
-        old, self._attempt = self._attempt, None
-        if old is None:
-            return
-        with contextlib.suppress(StoreError):  # it has no manifest: it is only space, which the next prune finds too
-            store = Store(self._url, run=self._run, owner=old.owner)
+    def _discard(self, old: _Attempt) -> None:
+        """Removes what an earlier save left when a rank failed."""
+        store = Store(self._url, run=self._run, owner=old.owner)
+        try:
             call_within(
                 self._timeout_s,
-                "removing an attempt",
+                f"removing an attempt at step {old.step} from {store.url}",
                 lambda _: store.discard(old.step, generation=old.generation, world_size=old.world_size),
             )
+        except StoreError as error:  # it has no manifest, so it is no checkpoint: it only takes space
+            _log.warning("step %d: files of an attempt that failed are left: %s", old.step, error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -178,24 +178,49 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _safe_load(file: Path | io.BytesIO, where: str, *, key: str = "", mmap: bool = False) -> Any:
-    """`torch.load` with ``weights_only=True``: tensors and plain containers, no code."""
+    """`torch.load` with ``weights_only=True``: tensors and plain containers, no code; after a look at the checksums."""
+    _check_zip(file, where)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
         skip = f" or skip it: --skip {key}" if key else ""
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0][:200]
+        reason = _first_line(str(error).split("WeightsUnpickler error:")[-1])
         raise ConfigError(
             f"{where}: needs objects that only arbitrary unpickling could make, which could run any code ({reason}). "
             "In the program that wrote it, load it and save it again with tensors, numbers, strings and plain "
             f"containers only (state_dict() of what is no such thing){skip}.",
             key=key,
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # damaged files raise nearly anything
         raise StoreCorrupt(
-            f"{where}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}). It is truncated, "
-            "altered, or no file of torch.save.",
+            f"{where}: cannot be read ({type(error).__name__}: {_first_line(str(error))}). It is truncated, altered, "
+            "or no file of torch.save.",
             key=key,
         ) from error
+
+
+def _check_zip(file: Path | io.BytesIO, where: str) -> None:
+    """Compares the checksums that torch.save writes into its zip files; torch.load does not look at them."""
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # as above
+        raise StoreCorrupt(
+            f"{where}: cannot be read ({_first_line(str(error))}). It is truncated or altered."
+        ) from error
+    if damaged is not None:
+        raise StoreCorrupt(
+            f"{where}: the bytes of its record {damaged[:200]} differ from its checksum. Use another copy. (If it was "
+            "written with set_crc32_options(False), load it and save it again without.)"
+        )
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[0][:200]
 
 
 def _plain_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
