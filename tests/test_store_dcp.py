@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import socket
 import threading
 import time
@@ -539,6 +540,27 @@ def test_a_planner_may_keep_data_of_its_own_in_the_metadata(tmp_path: Path) -> N
     loaded = blank(state)
     dcp.load(loaded, storage_reader=ArcReader(tmp_path))
     assert same(state, loaded)
+
+
+def test_the_example_of_the_document_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(__file__).parent.parent.joinpath("docs", "dcp.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/dcp.md", "exec"), {})
+    assert capsys.readouterr().out == "() ()\n"
+    assert Store(tmp_path / "ckpt", run="a").open(1200).verify() == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_of_a_cuda_device(tmp_path: Path) -> None:
+    state = {"x": torch.arange(1000, device="cuda"), "n": 3}
+    dcp.save(state, storage_writer=ArcWriter(tmp_path, step=1))
+    loaded = {"x": torch.zeros_like(state["x"]), "n": 0}
+    dcp.load(loaded, storage_reader=ArcReader(tmp_path))
+    assert loaded["x"].is_cuda
+    assert torch.equal(loaded["x"], state["x"])
 
 
 # ---- storage that does not answer
