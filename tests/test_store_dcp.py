@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -444,6 +445,28 @@ def test_a_rank_that_fails_fails_the_save_on_all_ranks(tmp_path: Path, bad_rank:
         assert f"(RANK {1 - bad_rank})" not in text
         assert "tensor bad: dtype complex128" in text
     assert Store(tmp_path).open(3).verify() == []
+
+
+def run_out_of_space(rank: int, world_size: int, root: str) -> str:
+    """The kernel refuses rank 1's file: larger than this process may write."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    mesh = init_device_mesh("cpu", (world_size,))
+    state = {"x": distribute_tensor(torch.ones(100_000), mesh, [Shard(0)])}
+    with checkpoint_fails() as caught:
+        dcp.save(state, storage_writer=ArcWriter(root, step=3))
+    return failures(caught[0])
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_its_file_fails_the_save_on_all_ranks(tmp_path: Path) -> None:
+    for text in run_ranks(2, run_out_of_space, str(tmp_path)):
+        assert "(RANK 1)" in text
+        assert "(RANK 0)" not in text
+        assert "StoreFull" in text
+        assert "rank-00001.safetensors" in text
+    assert Store(tmp_path).steps() == []
+    assert [path.name for path in (tmp_path / "run").rglob("rank-00001*")] == []
 
 
 def load_damaged(rank: int, world_size: int, root: str) -> str:

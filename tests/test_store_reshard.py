@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
@@ -207,6 +208,23 @@ def load_model_only(rank: int, world_size: int, root: str, expected: dict[str, s
 def test_the_model_alone_is_loaded_on_another_world(saved: tuple[str, dict[str, str]]) -> None:
     root, expected = saved
     run_ranks(2, load_model_only, root, expected)
+
+
+def load_with_stock_torch(rank: int, world_size: int, directory: str, expected: dict[str, str]) -> None:
+    model, optimizer = build("fsdp", world_size, seed=2)
+    state = {"app": {"model": model.state_dict()}}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(directory))
+    model.load_state_dict(state["app"]["model"])
+    loaded = digests(model, optimizer)
+    if rank == 0:
+        names = [name for name in expected if name.startswith("model.")]
+        assert {n: loaded[n] for n in names} == {n: expected[n] for n in names}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_stock_torch_reshards_it_without_us(saved: tuple[str, dict[str, str]], world_size: int) -> None:
+    root, expected = saved
+    run_ranks(world_size, load_with_stock_torch, f"{root}/run/step-00000002", expected)
 
 
 def load_other_model(rank: int, world_size: int, root: str) -> str:

@@ -43,8 +43,8 @@ def call_within(timeout_s: float | None, what: str, function: Callable[[threadin
     try:
         return outcome.result(timeout_s)
     except concurrent.futures.TimeoutError:
-        if outcome.done():  # the error is the function's own, not that of waiting
-            raise
+        if outcome.done():  # the error is the function's own, or it ended in this very moment
+            return outcome.result()
         gave_up.set()
         raise StoreTransient(
             f"{what}: storage did not answer within {timeout_s:g} s. Look at the mount or the network, or raise "
