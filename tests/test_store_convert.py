@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from arc_dist.checkpoint_store import Store
+from arc_dist.checkpoint_store import Checkpoint, Store
 from arc_dist.checkpoint_store.commands import OK, add_commands
 from arc_dist.checkpoint_store.convert import export_dcp, find_step, import_checkpoint
 from arc_dist.checkpoint_store.dcp import ArcReader, ArcWriter
@@ -416,6 +417,30 @@ def test_stock_dcp_reshards_what_was_exported(tmp_path: Path) -> None:
     dcp.save({"w": random_tensor((5, 3), "float32", 1)}, storage_writer=ArcWriter(tmp_path / "store", step=1))
     export_dcp(tmp_path / "store", 1, tmp_path / "classic")
     run_ranks(2, load_exported, str(tmp_path / "classic"))
+
+
+def test_an_export_holds_one_group_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"x{i}": random_tensor((1000,), "float32", i) for i in range(8)}
+    dcp.save(state, storage_writer=ArcWriter(tmp_path / "store", step=1))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    read = Checkpoint.read
+
+    def counted(self: Checkpoint, specs: Any) -> list[torch.Tensor]:
+        nonlocal most
+        tensors = read(self, specs)
+        alive.extend(weakref.ref(tensor) for tensor in tensors)
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensors
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    export_dcp(tmp_path / "store", 1, tmp_path / "classic", group_bytes=8000)
+    assert len(alive) == 8
+    assert most <= 3, most  # two of the group, and the one that is written last of the group before
+    assert len(list((tmp_path / "classic").glob("*.distcp"))) == 4
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    dcp.load(loaded, storage_reader=FileSystemReader(tmp_path / "classic"), no_dist=True)
+    assert same(state, loaded)
 
 
 def test_there_and_back_again(tmp_path: Path) -> None:

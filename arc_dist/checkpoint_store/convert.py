@@ -1,7 +1,7 @@
 """Between our steps and the formats of others: `import_checkpoint` and `export_dcp`.
 
-Both go through the data in bounded memory: import by groups of about a gibibyte (each becomes the part of one
-"rank" of the step), export by single tensors.
+Both go through the data in bounded memory, by groups of about a gibibyte: in an import each becomes the part of one
+"rank" of the step, in an export one file.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def export_dcp(
     out: str | os.PathLike[str],
     *,
     run: str | None = None,
+    group_bytes: int = _GROUP_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> Checkpoint:
     """Writes a step as a classic DCP directory, which stock ``dcp.load(..., FileSystemReader(out))`` reads.
@@ -142,6 +143,7 @@ def export_dcp(
         step: number of the step; None for the newest certified one.
         out: a local directory that is not there yet, or is empty.
         run: run in the store; needed only when there are several.
+        group_bytes: about how many bytes are held in memory at once, and go to one file.
         progress: called with the number of bytes done since the last call.
 
     Returns:
@@ -161,7 +163,8 @@ def export_dcp(
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
         draft.mkdir(mode=0o700)
-        write_dcp(checkpoint, layout, read_objects(checkpoint, layout, layout.objects), draft, progress)
+        objects = read_objects(checkpoint, layout, layout.objects)
+        write_dcp(checkpoint, layout, objects, draft, group_bytes=group_bytes, progress=progress)
         os.replace(draft, target)
     except OSError as error:
         raise StoreError(f"{target}: cannot be written ({error}). Look at the space and rights there.") from error

@@ -1,8 +1,9 @@
-"""Writes a step as a classic DCP directory, through torch's own FileSystemWriter, one tensor at a time."""
+"""Writes a step as a classic DCP directory, through torch's own FileSystemWriter, in bounded memory."""
 
 from __future__ import annotations
 
 import io
+import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from arc_dist.checkpoint_store.dcp_layout import DcpLayout
 from arc_dist.checkpoint_store.format import torch_dtype
@@ -32,6 +35,8 @@ def write_dcp(
     layout: DcpLayout,
     objects: Mapping[str, object],
     directory: Path,
+    *,
+    group_bytes: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes the whole step into an empty directory.
@@ -41,6 +46,7 @@ def write_dcp(
         layout: of the step.
         objects: what is no tensor, by flat name.
         directory: where to.
+        group_bytes: about how many bytes go to one file, and are held in memory at once.
         progress: called with the number of bytes done since the last call.
 
     Raises:
@@ -49,11 +55,36 @@ def write_dcp(
     planner = _ExportPlanner(checkpoint, layout, objects, progress)
     try:
         cast("Any", state_dict_saver).save(
-            {}, storage_writer=FileSystemWriter(directory), planner=planner, no_dist=True
+            {}, storage_writer=_GroupWriter(directory, group_bytes), planner=planner, no_dist=True
         )
     except CheckpointException as error:
         # One process: what failed is one error of ours, which says more by itself.
         raise next(iter(error.failures.values()))[0] from error
+
+
+class _GroupWriter(FileSystemWriter):
+    """Makes several files, because torch holds all tensors of a file in memory until it is written."""
+
+    def __init__(self, directory: Path, group_bytes: int) -> None:
+        super().__init__(directory, per_thread_copy_ahead=0)  # pyright: ignore[reportUnknownMemberType]
+        self._directory = directory
+        self._group_bytes = group_bytes
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        groups: list[list[WriteItem]] = [[]]
+        nbytes = 0
+        for item in plan.items:
+            size = item.tensor_storage_size() or 0
+            if groups[-1] and nbytes + size > self._group_bytes:
+                groups.append([])
+                nbytes = 0
+            groups[-1].append(item)
+            nbytes += size
+        files: queue.Queue[tuple[Any, str, list[WriteItem]]] = queue.Queue()
+        for index, group in enumerate(groups):
+            name = f"__0_{index}.distcp"
+            files.put((self._directory / name, name, group))
+        return cast("Any", self)._write_data(planner, files)
 
 
 class _ExportPlanner(SavePlanner):
