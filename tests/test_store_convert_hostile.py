@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,27 @@ def test_damaged_metadata_is_an_error_of_ours_or_other_plain_data(tmp_path: Path
             read_dcp_metadata(altered, "m")
         except (StoreCorrupt, ConfigError):
             pass
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"Nr\xff\xff\xff\x3f.",
+        b"\x80\x05\x96\x00\x00\x00\x00\x04\x00\x00\x00.",
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0f.",
+    ],
+    ids=["memo index", "bytearray", "bytes"],
+)
+def test_a_few_bytes_cannot_ask_for_much_memory(data: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(StoreCorrupt):
+        read_dcp_metadata(data, "m")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+def test_a_persistent_id_is_refused() -> None:
+    with pytest.raises(StoreCorrupt):
+        read_dcp_metadata(b"Pfile\n.", "m")
 
 
 @pytest.mark.parametrize("relative_path", ["../secret", "/etc/passwd", "a/b", "..", ""])

@@ -12,7 +12,7 @@ import io
 import math
 import pickle
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -113,8 +113,21 @@ _CLASSES = {
 _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}
 
 
-class _Unpickler(pickle.Unpickler):
+# What metadata never uses: persistent ids, extensions, classic instances, buffers and lengths allocated before reading.
+_REFUSED_OPCODES = {
+    *pickle.PERSID, *pickle.BINPERSID, *pickle.INST, *pickle.OBJ, *pickle.EXT1, *pickle.EXT2, *pickle.EXT4,
+    *pickle.BYTEARRAY8, *pickle.NEXT_BUFFER, *pickle.READONLY_BUFFER,
+}  # fmt: skip
+# The one written in Python: the one in C lets eight bytes allocate gigabytes (a memo is an array there, not a dict).
+_Base = cast("type[pickle.Unpickler]", vars(pickle)["_Unpickler"])
+
+
+class _Unpickler(_Base):
     """Resolves the names of the closed list to inert stand-ins, made anew for each file, and no other name."""
+
+    dispatch: ClassVar[Any] = {
+        code: load for code, load in cast("Any", _Base).dispatch.items() if code not in _REFUSED_OPCODES
+    }
 
     def __init__(self, file: io.BytesIO, where: str) -> None:
         super().__init__(file)
