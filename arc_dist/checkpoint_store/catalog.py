@@ -54,7 +54,7 @@ class StepInfo:
     newer_format: bool = False
     pinned: str | None = None
     quarantined: str | None = None
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=lambda: {})
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Catalog:
@@ -224,7 +224,7 @@ def with_marks(info: StepInfo, marks: Marks) -> StepInfo:
 
 
 def metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a step's metadata by name; those under its key ``metrics`` win over equal names beside it."""
+    """The finite numbers of a step's metadata by name; those under ``metrics`` win over equal names beside it."""
     inner = meta.get("metrics")
     values = {**meta, **(cast("dict[str, Any]", inner) if isinstance(inner, dict) else {})}
     numbers = ((name, value) for name, value in values.items() if type(value) in (int, float))

@@ -13,7 +13,7 @@ import math
 import time
 from typing import Any
 
-from arc_dist.checkpoint_store import commands_keep, commands_move
+from arc_dist.checkpoint_store import commands_convert, commands_keep, commands_move
 from arc_dist.checkpoint_store.catalog import StepInfo
 from arc_dist.checkpoint_store.commands_common import (
     DAMAGED,
@@ -58,6 +58,7 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyrigh
     commands_keep.add_commands(subparsers)
     commands_move.add_commands(subparsers)
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    commands_convert.add_commands(subparsers)
 
 
 def list_steps(args: argparse.Namespace) -> int:

@@ -146,9 +146,9 @@ class Progress:
     line every half minute about what is slow.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int | None = None) -> None:
         self._label = label
-        self._total = max(total, 1)
+        self._total = total
         self._done = 0
         self._terminal = sys.stderr.isatty()
         self._began = time.monotonic()
@@ -163,7 +163,10 @@ class Progress:
                 return
             self._next = now + (_TERMINAL_EVERY_S if self._terminal else _LOG_EVERY_S)
             rate = format_bytes(int(self._done / max(now - self._began, 1e-3)))
-            text = f"{clean(self._label)}: {min(100 * self._done // self._total, 100):3d} %, {rate}/s"
+            share = format_bytes(self._done)
+            if self._total is not None:
+                share = f"{min(100 * self._done // max(self._total, 1), 100):3d} %"
+            text = f"{clean(self._label)}: {share}, {rate}/s"
             print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr)
             sys.stderr.flush()
 

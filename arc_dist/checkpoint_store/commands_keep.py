@@ -93,7 +93,7 @@ def unpin_one(args: argparse.Namespace) -> int:
 
 
 def quarantine_some(args: argparse.Namespace) -> int:
-    """Marks checkpoints as never to be restored by themselves: as they are now, not those saved later at these steps."""
+    """Marks checkpoints, as they are now, as never to be restored by themselves. Later saves of the steps are not."""
     found = _one(args)
     if found is None:
         return nothing(args.path, step=args.step, quiet=args.json)

@@ -38,8 +38,12 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "
 
 def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyright: ignore[reportPrivateUsage]
     """Adds the commands. Each sets `run`, a function of the parsed arguments that returns the exit code."""
-    diff = subparsers.add_parser("diff", help="say which tensors of two checkpoints differ", description=diff_two.__doc__)
-    copy = subparsers.add_parser("copy", help="copy checkpoints between stores, verified", description=copy_some.__doc__)
+    diff = subparsers.add_parser(
+        "diff", help="say which tensors of two checkpoints differ", description=diff_two.__doc__
+    )
+    copy = subparsers.add_parser(
+        "copy", help="copy checkpoints between stores, verified", description=copy_some.__doc__
+    )
     export = subparsers.add_parser("export", help="write a checkpoint in another form", description=export_one.__doc__)
     for name in ("a", "b"):
         diff.add_argument(name, help="a store, a run in it or a step's directory; a local path or a URL")
@@ -54,7 +58,7 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyrigh
     copy.add_argument("--max-rate", metavar="RATE", help="send no more than this per second, such as 200MB or 1GiB")
     copy.add_argument("--verify", action="store_true", help="read every copied byte back from the target")
     export.add_argument("path", help="a store, a run in it or a step's directory; a local path or a URL")
-    export.add_argument("out", help="the file to write; a local path or a URL")
+    export.add_argument("out", help="the file to write, a local path or a URL; for dcp a directory that is not there")
     export.add_argument("--format", choices=sorted(_FORMATS), default="safetensors", help="default: %(default)s")
     export.add_argument("--step", type=int, help="this step; default: the newest certified")
     export.add_argument(
@@ -91,8 +95,8 @@ def copy_some(args: argparse.Namespace) -> int:
     """Copies checkpoints to another store, the newest first. Every byte is verified on the way.
 
     A copy that was interrupted is taken up where it was: give the same command again. Pins and quarantine go with the
-    checkpoints. Damaged checkpoints, and those whose place another attempt has in the target, are not copied; the exit code
-    is 1 then.
+    checkpoints. Damaged checkpoints, and those whose place another attempt has in the target, are not copied; the exit
+    code is 1 then.
     """
     rate = None if args.max_rate is None else _parse_rate(args.max_rate)
     runs = find_runs(args.source, args.run_name)
@@ -133,8 +137,10 @@ def export_one(args: argparse.Namespace) -> int:
     return OK
 
 
-def _copy_one(args: argparse.Namespace, run: Run, info: StepInfo, target: Backend, rate: float | None) -> dict[str, Any]:
-    """Copies one step. What is wrong with this step is told and the next one taken; a failing store ends the command."""
+def _copy_one(
+    args: argparse.Namespace, run: Run, info: StepInfo, target: Backend, rate: float | None
+) -> dict[str, Any]:
+    """Copies one step. What is wrong with it is told and the next one taken; a failing store ends the command."""
     label = f"{run.name}/{info.directory}"
     began = time.monotonic()
     problem = info.problem
@@ -186,8 +192,23 @@ def _export_safetensors(checkpoint: Checkpoint, args: argparse.Namespace) -> Exp
         return export_safetensors(checkpoint, args.out, prefix=args.prefix, replace=args.force, progress=progress)
 
 
+def _export_dcp(checkpoint: Checkpoint, args: argparse.Namespace) -> Export:
+    """A classic torch.distributed.checkpoint directory. Its objects become pickles, as DCP wants them."""
+    from arc_dist.checkpoint_store.convert import write_dcp_directory  # brings torch.distributed.checkpoint
+
+    if args.prefix or args.force:
+        raise ConfigError("arc export --format dcp writes a new directory with all tensors: no --prefix, no --force.")
+    nbytes = checkpoint.manifest.nbytes
+    with Progress(f"writing {args.out}", nbytes) as progress:
+        write_dcp_directory(checkpoint, args.out, progress=progress)
+    return Export(path=str(args.out), nbytes=nbytes, num_tensors=len(checkpoint.manifest.tensors))
+
+
 # The forms of `arc export`: each writes an opened step to where the arguments say.
-_FORMATS: dict[str, Callable[[Checkpoint, argparse.Namespace], Export]] = {"safetensors": _export_safetensors}
+_FORMATS: dict[str, Callable[[Checkpoint, argparse.Namespace], Export]] = {
+    "safetensors": _export_safetensors,
+    "dcp": _export_dcp,
+}
 
 
 def _print_differences(found: Comparison, sides: list[Checkpoint]) -> None:

@@ -31,9 +31,7 @@ class Copy:
     target: int
 
 
-def next_copy(
-    held: Sequence[Collection[int]], every: Sequence[int | None], *, finishing: bool = False
-) -> Copy | None:
+def next_copy(held: Sequence[Collection[int]], every: Sequence[int | None], *, finishing: bool = False) -> Copy | None:
     """What to copy next; None when every tier has what it shall have. Pure.
 
     The newest step goes first, and to the fastest tier that lacks it. What is older than the newest that a tier has is

@@ -63,7 +63,9 @@ def take_over(backend: Backend, run: str, owner: str) -> None:
         Fenced: another job keeps taking it over at the same time.
         StoreError: see `arc_dist.errors`.
     """
-    mine = Owner(owner=owner, host=socket.gethostname(), pid=os.getpid(), process=_identity(os.getpid()), at=time.time())
+    mine = Owner(
+        owner=owner, host=socket.gethostname(), pid=os.getpid(), process=_identity(os.getpid()), at=time.time()
+    )
     data = (json.dumps(dataclasses.asdict(mine)) + "\n").encode()
     for _ in range(_MAX_TRIES):
         numbers = _numbers(backend, run)
@@ -75,7 +77,7 @@ def take_over(backend: Backend, run: str, owner: str) -> None:
             )
         number = numbers[-1] + 1 if numbers else 1
         if backend.create_exclusive(f"{run}/{_file(number)}", data):
-            for old in numbers[: -_NUM_KEPT]:
+            for old in numbers[:-_NUM_KEPT]:
                 with contextlib.suppress(StoreError):  # litter, of no consequence
                     backend.remove(f"{run}/{_file(old)}")
             return

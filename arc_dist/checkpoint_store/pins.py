@@ -75,9 +75,9 @@ class Marks:
     """
 
     number: int = 0
-    pins: Mapping[int, Pin] = dataclasses.field(default_factory=lambda: {})
-    quarantined: Mapping[str, Quarantine] = dataclasses.field(default_factory=lambda: {})
-    sightings: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=lambda: {})
+    pins: Mapping[int, Pin] = dataclasses.field(default_factory=dict)
+    quarantined: Mapping[str, Quarantine] = dataclasses.field(default_factory=dict)
+    sightings: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
     def quarantine_of(self, directory: str, committed_at: float) -> str | None:
         """Why a commit must not be restored by itself; None when it may."""
@@ -199,7 +199,7 @@ def _follows(backend: Backend, run: str, number: int, newest: int) -> bool:
 
 
 def _clean(backend: Backend, run: str, newest: int) -> None:
-    """Removes old numbers. Some stay: who has listed them just now may still read them, and an NFS client may list late.
+    """Removes old numbers. Some stay: who listed them just now may still read them, and an NFS client may list late.
 
     What cannot be removed does no harm, and the next change tries again.
     """

@@ -78,7 +78,9 @@ def plan_prune(backend: Backend, run: str, policy: Retention, now: float) -> Pla
         for step, decision in decisions.items()
     ]
     rows += [
-        Planned(step=i.step, kept=True, why=f"left for you to look at: {i.problem}", directories=(i.directory,), nbytes=0)
+        Planned(
+            step=i.step, kept=True, why=f"left for you to look at: {i.problem}", directories=(i.directory,), nbytes=0
+        )
         for i in infos
         if i.problem is not None
     ]

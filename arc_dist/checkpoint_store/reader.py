@@ -62,9 +62,7 @@ class Checkpoint:
         damage: what was found damaged or missing while reading, and taken from another copy of the step instead.
     """
 
-    def __init__(
-        self, backend: Backend, path: str, manifest: Manifest, *, copies: Sequence[Checkpoint] = ()
-    ) -> None:
+    def __init__(self, backend: Backend, path: str, manifest: Manifest, *, copies: Sequence[Checkpoint] = ()) -> None:
         self.manifest = manifest
         self.path = path  # below the backend's root
         self.damage: list[Problem] = []
@@ -156,7 +154,7 @@ class Checkpoint:
         def read(copy: Checkpoint) -> None:
             for index, chunk in enumerate(chunks):
                 try:
-                    retrying(lambda: _read_chunk(files[copy], tensor, chunk, spec, result, *common), _RETRIES)
+                    retrying(lambda c=chunk: _read_chunk(files[copy], tensor, c, spec, result, *common), _RETRIES)
                 except StoreError:
                     if index == len(chunks) - 1:
                         raise
@@ -176,7 +174,8 @@ class Checkpoint:
                 failures.append((place, error))
                 continue
             self.damage += [
-                Problem(str(error.fields.get("file", copy._where())), error.message, tensors) for copy, error in failures
+                Problem(str(error.fields.get("file", copy._where())), error.message, tensors)
+                for copy, error in failures
             ]
             return result
         raise failures[0][1]

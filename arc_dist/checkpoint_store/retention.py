@@ -47,7 +47,7 @@ class StepFacts:
     step: int
     certified: bool
     committed_at: float
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=lambda: {})
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     pinned: str | None = None
     quarantined: str | None = None
 

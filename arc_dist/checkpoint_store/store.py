@@ -34,8 +34,8 @@ from arc_dist.checkpoint_store.format import (
 )
 from arc_dist.checkpoint_store.manifest import Manifest
 from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_orphans
-from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
 from arc_dist.checkpoint_store.owners import require_owner, take_over
+from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
 from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.writer import write_rank

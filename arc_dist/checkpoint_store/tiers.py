@@ -1,7 +1,8 @@
 """Several places for the checkpoints of one run, the fastest first.
 
-A save goes to the first tier that takes it. What is committed in one tier is copied to the slower ones in the background
-(`drain`). A restore takes each step from the fastest tier that has it, and each damaged or missing shard from the next.
+A save goes to the first tier that takes it. What is committed in one tier is copied to the slower ones in the
+background (`drain`). A restore takes each step from the fastest tier that has it, and each damaged or missing shard
+from the next.
 Every tier is a store of its own and has whole steps with manifests, so each can be used without the others.
 """
 

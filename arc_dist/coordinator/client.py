@@ -156,7 +156,7 @@ class _Methods:
         return self.call("give_up_save", body)
 
     def commit_status(self, step: int, generation: int, timeout_s: float = 0.0, tier: int = 0) -> _Json:
-        """Long poll for the outcome of a save: ``{"status", "error", "tier"}``. `tier` is where the shard was written."""
+        """Long poll for the outcome of a save, ``{"status", "error", "tier"}``. `tier`: where the shard was written."""
         body = {"step": step, "generation": generation, "timeout_s": timeout_s, "tier": tier}
         return self.call("commit_status", body, wait_s=timeout_s)
 
