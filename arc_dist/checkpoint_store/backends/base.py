@@ -33,6 +33,7 @@ class Capabilities:
         durable: data and names are on stable storage when a call returns.
         reserve: space can be reserved before writing.
         private: files are readable by their owner alone.
+        shared: other processes that open the same URL see the same files.
     """
 
     exclusive_create: bool
@@ -40,6 +41,7 @@ class Capabilities:
     durable: bool
     reserve: bool
     private: bool
+    shared: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

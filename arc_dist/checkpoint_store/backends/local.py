@@ -28,7 +28,7 @@ class LocalBackend:
         self.root = root
         self.url = str(root)
         self.capabilities = Capabilities(
-            exclusive_create=True, atomic_publish=True, durable=True, reserve=True, private=True
+            exclusive_create=True, atomic_publish=True, durable=True, reserve=True, private=True, shared=True
         )
 
     def prepare(self) -> None:
