@@ -132,7 +132,7 @@ class Backend(Protocol):
         ...
 
     def sync_directory(self, path: str) -> None:
-        """Makes the names in a directory durable."""
+        """Makes the names in a directory durable, and the names of the directories that lead to it."""
         ...
 
 

@@ -51,7 +51,7 @@ class LocalBackend:
         with translated("creating", where):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.root, 0o700)
-            self._sync(self.root.parent)
+            self._sync_above_root()
 
     def make_directory(self, path: str) -> None:
         self._make_directories(self._full(path))
@@ -145,9 +145,14 @@ class LocalBackend:
             os.rmdir(full)
 
     def sync_directory(self, path: str) -> None:
+        # The names that lead there as well: who made those directories may have died before it could sync them.
         full = self._full(path)
         with translated("syncing", str(full)):
             self._sync(full)
+            while full != self.root:
+                full = full.parent
+                self._sync(full)
+            self._sync_above_root()
 
     def _full(self, path: str) -> Path:
         return self.root / path if path else self.root
@@ -165,6 +170,11 @@ class LocalBackend:
         with translated("creating", str(directory)), contextlib.suppress(FileExistsError):
             os.mkdir(directory, 0o700)
             self._sync(directory.parent)
+
+    def _sync_above_root(self) -> None:
+        # A directory that we may pass through but not open (a host's /mnt) was not made by us either.
+        with contextlib.suppress(PermissionError):
+            self._sync(self.root.parent)
 
     def _sync(self, directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
