@@ -177,6 +177,14 @@ def store_error(error: OSError, doing: str, where: str) -> ArcError:
     return StoreError(f"{what}. Look at the storage's own log.", **fields)
 
 
+def is_missing(error: StoreGone) -> bool:
+    """Whether a name is not there, as opposed to storage that does not answer (a stale handle, a lost mount).
+
+    The first may mean that nothing was saved yet or that a step is damaged; the second must never.
+    """
+    return error.fields.get("errno") in (None, errno.ENOENT)
+
+
 @contextlib.contextmanager
 def translated(doing: str, where: str) -> Generator[None]:
     """Turns OSErrors of its block into errors of our tree."""
