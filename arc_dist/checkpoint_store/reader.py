@@ -102,8 +102,11 @@ class Checkpoint:
                 f"{self._where()}: has no rank {rank}; it was written by {self.world_size} ranks.", rank=rank
             )
         data = self._verified_bytes(entry, MAX_OBJECTS_BYTES)
-        fields = cast("dict[str, Any]", parse_json(data, self._where(entry.name)))
-        return fields["objects"]
+        fields = parse_json(data, self._where(entry.name))
+        objects = cast("dict[str, Any]", fields).get("objects") if isinstance(fields, dict) else None
+        if not isinstance(objects, dict):
+            raise StoreCorrupt(f"{self._where(entry.name)}: holds no objects of a rank. {_REMEDY}", rank=rank)
+        return cast("dict[str, Any]", objects)
 
     def read(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
         """New CPU tensors with the asked parts, verified.
@@ -114,8 +117,10 @@ class Checkpoint:
             StoreError: see `arc_dist.errors`.
         """
         self.check_specs(specs)
-        results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
         with _OpenFiles(self) as files, concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
+            for spec in specs:
+                _require_files(files, self._tensors[spec.name], spec)
+            results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
             jobs = [
                 pool.submit(_read_box, files, self._tensors[spec.name], copies, spec, result)
                 for spec, result in zip(specs, results, strict=True)
@@ -321,6 +326,25 @@ def _boxes(tensor: TensorEntry) -> Mapping[tuple[tuple[int, ...], tuple[int, ...
     for chunk in tensor.chunks:
         boxes.setdefault((chunk.offsets, chunk.shape), []).append(chunk)
     return boxes
+
+
+def _require_files(files: _OpenFiles, tensor: TensorEntry, spec: TensorSpec) -> None:
+    """Opens what `spec` needs, so that sizes are known to be true before memory is allocated for them.
+
+    Raises:
+        StoreError: a part of which no copy's file has the size and the head that the manifest says.
+    """
+    for (offsets, shape), copies in _boxes(tensor).items():
+        if intersect(offsets, shape, spec.offsets, spec.shape) is None:
+            continue
+        for index, chunk in enumerate(copies):
+            try:
+                files.get(chunk.file)
+            except StoreError:
+                if index == len(copies) - 1:
+                    raise
+            else:
+                break
 
 
 def _read_box(
