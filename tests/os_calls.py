@@ -20,7 +20,7 @@ from arc_dist.checkpoint_store.backends import local
 
 BY_PATH = ("open", "mkdir", "rmdir", "rename", "link", "unlink", "scandir", "stat")
 BY_DESCRIPTOR = ("write", "fsync", "close", "fstat", "preadv")
-ALL = (*BY_PATH, *BY_DESCRIPTOR, "fallocate")
+NAMESPACE_AND_DATA = {"open", "mkdir", "rmdir", "rename", "link", "unlink", "write", "fsync", "fallocate"}
 
 
 @dataclasses.dataclass(frozen=True)
