@@ -106,6 +106,9 @@ class Life(RuleBasedStateMachine):
 
     def new(self, ahead: int, world: int, certified: bool) -> Save:
         self.step += ahead
+        # An unfinished attempt of the same generation at the same step would be joined, not begun anew.
+        now = (self.owner, self.generation, self.step)
+        self.drop([s for s in self.open if (s.owner, s.generation, s.step) == now])
         return Save(next(self.numbers), self.step, self.owner, self.generation, world, certified, {})
 
     def committed(self, save: Save) -> None:
@@ -116,8 +119,6 @@ class Life(RuleBasedStateMachine):
     @rule(ahead=st.integers(0, 2), world=WORLDS, certified=st.booleans())
     def save(self, ahead: int, world: int, certified: bool) -> None:
         save = self.new(ahead, world, certified)
-        # An attempt of this generation at this step that was not finished would be joined, not begun anew.
-        self.drop([s for s in self.open if (s.owner, s.generation, s.step) == (save.owner, save.generation, save.step)])
         self.write(save, world)
         self.open.append(save)
         count("save")
@@ -125,7 +126,6 @@ class Life(RuleBasedStateMachine):
     @rule(ahead=st.integers(0, 3), world=WORLDS, certified=st.sampled_from([True, True, True, False]))
     def save_and_commit(self, ahead: int, world: int, certified: bool) -> None:
         save = self.new(ahead, world, certified)
-        self.drop([s for s in self.open if (s.owner, s.generation, s.step) == (save.owner, save.generation, save.step)])
         self.write(save, world)
         self.open.append(save)
         self.commit(save)  # by the newest generation of the newest start: nothing may refuse it
@@ -177,7 +177,6 @@ class Life(RuleBasedStateMachine):
     def overtaken(self, world: int) -> None:
         """A rank of an old generation wakes up after the new one has committed the step."""
         old = self.new(0, world, True)
-        self.drop([s for s in self.open if (s.owner, s.generation, s.step) == (old.owner, old.generation, old.step)])
         self.write(old, world)
         self.open.append(old)
         self.go_back(0, False)
@@ -191,7 +190,6 @@ class Life(RuleBasedStateMachine):
     def crash(self, ahead: int, world: int, at: int, written: bool) -> None:
         """The process dies within a save, or within the commit; another start follows."""
         save = self.new(ahead, world, True)
-        self.drop([s for s in self.open if (s.owner, s.generation, s.step) == (save.owner, save.generation, save.step)])
         if written:
             self.write(save, world)
         killer = Killer(self.root, at)
