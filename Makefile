@@ -34,7 +34,7 @@ test: $(DEV) $(SITE)/.installed
 	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest $(ARGS)
 
 soak: $(DEV) $(SITE)/.installed
-	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=7200 $(ARGS)
+	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=7200 -o faulthandler_timeout=7100 $(ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +17,7 @@ pytest.importorskip("moto", reason='moto is not installed: pip install "moto[ser
 from arc_dist.checkpoint_store import SaveAborted, Store
 from arc_dist.checkpoint_store.backends import RemoteBackend
 from arc_dist.errors import Fenced, StoreCorrupt, StoreDenied, StoreError, StoreGone, StoreTransient
+from s3_server import moto_server, new_bucket
 from store_helpers import same_bits, save, whole
 
 pytestmark = pytest.mark.slow
@@ -28,50 +25,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = Path(tmp_path_factory.mktemp("moto"), "log")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            if process.poll() is not None:
-                pytest.fail(f"moto ended: {log.read_text()[-2000:]}")
-            try:
-                urllib.request.urlopen(url, timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            pytest.fail("moto did not answer within 30 s")
+    with moto_server(tmp_path_factory.mktemp("moto") / "log") as url:
         yield url
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket; the endpoint and the credentials come from the environment, as on a real machine."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "FakeAccessKeyId")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "FakeSecretAccessKey")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    import s3fs
-
-    name = f"bucket-{time.monotonic_ns()}"
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(name)
-    return f"s3://{name}"
+    return new_bucket(server, monkeypatch)
 
 
 def keys(url: str) -> set[str]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from arc_dist.checkpoint_store.backends import Backend
+from arc_dist.checkpoint_store.backends import Backend, is_missing
 from arc_dist.checkpoint_store.format import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -54,7 +54,7 @@ class StepInfo:
     newer_format: bool = False
     pinned: str | None = None
     quarantined: str | None = None
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
 
 class Catalog:
@@ -69,8 +69,8 @@ class Catalog:
         """Names of the directories that hold a manifest, sound or not. One listing, and one look per directory."""
         try:
             entries = self._backend.list(self._run)
-        except StoreGone:
-            if self._backend.exists(""):
+        except StoreGone as error:
+            if is_missing(error) and self._backend.exists(""):
                 return []  # a run that has not begun
             raise
         names = [e.name for e in entries if e.is_directory and step_of_directory(e.name) is not None]
@@ -89,6 +89,8 @@ class Catalog:
         try:
             m = self.manifest(directory)
         except (StoreCorrupt, StoreGone) as error:
+            if isinstance(error, StoreGone) and not is_missing(error):
+                raise  # storage that does not answer is no damage
             return StepInfo(step=step, directory=directory, problem=error.message)
         except CheckpointMismatch as error:
             return StepInfo(step=step, directory=directory, problem=error.message, newer_format=True)

@@ -230,7 +230,7 @@ def _manifest(fields: Fields) -> Manifest:
     committed_at = fields.fields.get("committed_at")
     certified = fields.fields.get("certified")
     parent = fields.fields.get("parent")
-    if not isinstance(committed_at, (int, float)) or not math.isfinite(committed_at):
+    if type(committed_at) not in (int, float) or not -_MAX_INT < cast("float", committed_at) < _MAX_INT:
         raise fields.wrong("committed_at", committed_at)
     if not isinstance(certified, bool):
         raise fields.wrong("certified", certified)
@@ -243,7 +243,7 @@ def _manifest(fields: Fields) -> Manifest:
         owner=fields.text("owner"),
         world_size=world_size,
         certified=certified,
-        committed_at=float(committed_at),
+        committed_at=float(cast("float", committed_at)),
         directory=fields.text("directory"),
         hash=fields.text("hash"),
         files=tuple(file_entry(row) for row in fields.rows("files")),
@@ -300,7 +300,11 @@ def tensor_head(fields: Fields) -> tuple[str, tuple[int, ...]]:
     dtype = fields.text("dtype")
     if not is_known_dtype(dtype):
         raise CheckpointMismatch(f"{fields.where}: dtype {dtype[:40]!r} is not known here. Upgrade arc-dist.")
-    return dtype, fields.dims("global_shape")
+    shape = fields.dims("global_shape")
+    # A tensor without elements may have other dimensions that no tensor library can multiply.
+    if math.prod(max(1, n) for n in shape) * itemsize(dtype) >= _MAX_INT:
+        raise fields.wrong("global_shape", shape)
+    return dtype, shape
 
 
 def _tensor_entry(name: str, row: object, fields: Fields) -> TensorEntry:
@@ -332,7 +336,8 @@ def _check_files(manifest: Manifest, where: str) -> None:
     if len(files) != len(manifest.files):
         raise StoreCorrupt(f"{where}: names a file twice. {_REMEDY}", file=where)
     ranks = {kind: {f.rank for f in manifest.files if f.kind == kind} for kind in ("tensors", "objects")}
-    if any(found != set(range(manifest.world_size)) for found in ranks.values()):
+    world_size = manifest.world_size  # compared by number first: it may be a lie of any size
+    if any(len(found) != world_size or found != set(range(world_size)) for found in ranks.values()):
         raise StoreCorrupt(f"{where}: does not name the files of {manifest.world_size} ranks. {_REMEDY}", file=where)
     problem = segments_problem(files, manifest.tensors)
     if problem:

@@ -75,9 +75,9 @@ class Marks:
     """
 
     number: int = 0
-    pins: Mapping[int, Pin] = dataclasses.field(default_factory=dict)
-    quarantined: Mapping[str, Quarantine] = dataclasses.field(default_factory=dict)
-    sightings: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    pins: Mapping[int, Pin] = dataclasses.field(default_factory=dict[int, Pin])
+    quarantined: Mapping[str, Quarantine] = dataclasses.field(default_factory=dict[str, Quarantine])
+    sightings: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict[str, tuple[str, float]])
 
     def quarantine_of(self, directory: str, committed_at: float) -> str | None:
         """Why a commit must not be restored by itself; None when it may."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,8 +116,11 @@ class Checkpoint:
                 f"{self._where()}: has no rank {rank}; it was written by {self.world_size} ranks.", rank=rank
             )
         data = self._from_any_copy(lambda copy: copy._verified_bytes(entry, MAX_OBJECTS_BYTES), ())
-        fields = cast("dict[str, Any]", parse_json(data, self._where(entry.name)))
-        return fields["objects"]
+        fields = parse_json(data, self._where(entry.name))
+        objects = cast("dict[str, Any]", fields).get("objects") if isinstance(fields, dict) else None
+        if not isinstance(objects, dict):
+            raise StoreCorrupt(f"{self._where(entry.name)}: holds no objects of a rank. {_REMEDY}", rank=rank)
+        return cast("dict[str, Any]", objects)
 
     def read(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
         """New CPU tensors with the asked parts, verified.
@@ -127,9 +131,11 @@ class Checkpoint:
             StoreError: see `arc_dist.errors`.
         """
         self.check_specs(specs)
-        results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
         with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
             files = {copy: stack.enter_context(_OpenFiles(copy)) for copy in (self, *self._copies)}
+            for spec in specs:
+                _require_files(list(files.values()), self._tensors[spec.name], spec)
+            results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
             jobs = [
                 pool.submit(self._read_box, files, self._tensors[spec.name], copies, spec, result)
                 for spec, result in zip(specs, results, strict=True)
@@ -364,6 +370,8 @@ class _OpenFiles:
                 try:
                     opened = self.checkpoint.open_file(name)
                 except ArcError as error:
+                    if error.retryable:
+                        raise
                     opened = error
                 self._open[name] = opened
         if isinstance(opened, ArcError):
@@ -377,6 +385,27 @@ def _boxes(tensor: TensorEntry) -> Mapping[tuple[tuple[int, ...], tuple[int, ...
     for chunk in tensor.chunks:
         boxes.setdefault((chunk.offsets, chunk.shape), []).append(chunk)
     return boxes
+
+
+def _require_files(places: Sequence[_OpenFiles], tensor: TensorEntry, spec: TensorSpec) -> None:
+    """Opens what `spec` needs, so that sizes are known to be true before memory is allocated for them.
+
+    Raises:
+        StoreError: a part of which no copy's file has the size and the head that the manifest says.
+    """
+    for (offsets, shape), copies in _boxes(tensor).items():
+        if intersect(offsets, shape, spec.offsets, spec.shape) is None:
+            continue
+        failures: list[StoreError] = []
+        for files, chunk in itertools.product(places, copies):
+            try:
+                retrying(lambda f=files, c=chunk: f.get(c.file), _RETRIES)
+            except StoreError as error:
+                failures.append(error)
+            else:
+                break
+        else:
+            raise failures[0]
 
 
 def _read_chunk(

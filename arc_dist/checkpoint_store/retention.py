@@ -47,7 +47,7 @@ class StepFacts:
     step: int
     certified: bool
     committed_at: float
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     pinned: str | None = None
     quarantined: str | None = None
 

@@ -84,10 +84,10 @@ def parse_header(header: bytes, file_nbytes: int, where: str) -> list[tuple[Tens
     nbytes = header_nbytes(header, file_nbytes, where)
     fields = parse_json(header[8:nbytes].rstrip(b" "), where)
     try:
-        rows = dict(cast("dict[str, Any]", fields))
+        rows = dict(_object(fields))
         metadata = rows.pop("__metadata__", {})
-        sharding = parse_json(metadata.get(_SHARDING_KEY, "{}").encode(), where)
-        found = [(int(row["data_offsets"][0]), _spec(name, row, sharding)) for name, row in rows.items()]
+        sharding = _object(parse_json(metadata.get(_SHARDING_KEY, "{}").encode(), where))
+        found = [(_ints(row["data_offsets"])[0], _spec(name, row, sharding)) for name, row in rows.items()]
     except (TypeError, KeyError, ValueError, AttributeError, IndexError, ConfigError) as error:
         raise StoreCorrupt(f"{where}: its header cannot be read ({type(error).__name__}).", file=where) from error
     found.sort(key=lambda item: (item[0], item[1].nbytes))
@@ -117,7 +117,13 @@ def _spec(name: str, row: dict[str, Any], sharding: dict[str, Any]) -> TensorSpe
     return spec
 
 
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} is not a JSON object")
+    return cast("dict[str, Any]", value)
+
+
 def _ints(values: list[Any]) -> tuple[int, ...]:
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in values):
+    if type(values) is not list or not all(type(n) is int and 0 <= n < 1 << 62 for n in values):
         raise ValueError(str(values)[:80])
     return tuple(values)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from arc_dist.checkpoint_store import codec
-from arc_dist.checkpoint_store.backends import Backend, Unsupported, open_backend
+from arc_dist.checkpoint_store.backends import Backend, Unsupported, is_missing, open_backend
 from arc_dist.checkpoint_store.catalog import Catalog, StepInfo
 from arc_dist.checkpoint_store.commit import build_manifest, check_written
 from arc_dist.checkpoint_store.format import (
@@ -359,7 +359,9 @@ class Store:
         path = f"{self.run}/{directory}/{ATTEMPT_NAME}"
         try:
             return parse_json(self._backend.read(path, MAX_ATTEMPT_BYTES), path)
-        except (StoreGone, StoreCorrupt):
+        except (StoreGone, StoreCorrupt) as error:
+            if isinstance(error, StoreGone) and not is_missing(error):
+                raise
             return None  # a foreign, half-deleted or damaged directory: nobody's attempt
 
     def _require_parts(

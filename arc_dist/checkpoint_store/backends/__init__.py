@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from arc_dist.checkpoint_store.backends.base import Backend, Capabilities, Entry, Sink, Source, Unsupported
+from arc_dist.checkpoint_store.backends.base import Backend, Capabilities, Entry, Sink, Source, Unsupported, is_missing
 from arc_dist.checkpoint_store.backends.local import LocalBackend
 from arc_dist.checkpoint_store.backends.remote import RemoteBackend
 from arc_dist.errors import ConfigError
@@ -21,6 +21,7 @@ __all__ = [
     "Sink",
     "Source",
     "Unsupported",
+    "is_missing",
     "open_backend",
 ]
 

@@ -33,6 +33,7 @@ class Capabilities:
         durable: data and names are on stable storage when a call returns.
         reserve: space can be reserved before writing.
         private: files are readable by their owner alone.
+        shared: other processes that open the same URL see the same files.
     """
 
     exclusive_create: bool
@@ -40,6 +41,7 @@ class Capabilities:
     durable: bool
     reserve: bool
     private: bool
+    shared: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class Backend(Protocol):
         ...
 
     def sync_directory(self, path: str) -> None:
-        """Makes the names in a directory durable."""
+        """Makes the names in a directory durable, and the names of the directories that lead to it."""
         ...
 
 
@@ -173,6 +175,14 @@ def store_error(error: OSError, doing: str, where: str) -> ArcError:
     if code in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
         return ConfigError(f"{what}. Correct the path.", **fields)
     return StoreError(f"{what}. Look at the storage's own log.", **fields)
+
+
+def is_missing(error: StoreGone) -> bool:
+    """Whether a name is not there, as opposed to storage that does not answer (a stale handle, a lost mount).
+
+    The first may mean that nothing was saved yet or that a step is damaged; the second must never.
+    """
+    return error.fields.get("errno") in (None, errno.ENOENT)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Source,
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreGone
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_MAX_INTERRUPTS = 1000  # of one call: a profiler's timer may interrupt a long reservation again and again
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 
 
@@ -28,21 +29,21 @@ class LocalBackend:
         self.root = root
         self.url = str(root)
         self.capabilities = Capabilities(
-            exclusive_create=True, atomic_publish=True, durable=True, reserve=True, private=True
+            exclusive_create=True, atomic_publish=True, durable=True, reserve=True, private=True, shared=True
         )
 
     def prepare(self) -> None:
         """Creates the root. Only the last directory of the path is created: a missing mount must not pass unnoticed."""
         where = str(self.root)
-        if self.root.is_dir():
+        if _is_directory(self.root):
             return
         for parent in (self.root, *self.root.parents):
-            if parent.exists() and not parent.is_dir():
+            if _is_directory(parent) is False:
                 raise ConfigError(
                     f"store {where}: {parent} is a file, not a directory. Name a directory for the checkpoints.",
                     file=str(parent),
                 )
-        if not self.root.parent.is_dir():
+        if not _is_directory(self.root.parent):
             raise StoreGone(
                 f"store {where}: {self.root.parent} does not exist. Create it (mkdir -p {self.root.parent}), or mount "
                 "what should be there.",
@@ -51,7 +52,7 @@ class LocalBackend:
         with translated("creating", where):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.root, 0o700)
-            self._sync(self.root.parent)
+            self._sync_above_root()
 
     def make_directory(self, path: str) -> None:
         self._make_directories(self._full(path))
@@ -62,14 +63,7 @@ class LocalBackend:
             return [Entry(entry.name, entry.is_dir()) for entry in entries]
 
     def exists(self, path: str) -> bool:
-        full = self._full(path)
-        try:
-            os.stat(full)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as error:
-            raise store_error(error, "looking for", str(full)) from error
-        return True
+        return _is_directory(self._full(path)) is not None
 
     def read(self, path: str, max_bytes: int) -> bytes:
         source = self.open(path)
@@ -93,22 +87,22 @@ class LocalBackend:
 
     def claim(self, directory: str, name: str, data: bytes) -> bool:
         final = self._full(directory)
-        if final.exists():
+        if _is_directory(final) is not None:
             return False
         self._make_directories(final.parent)
         draft = final.parent / f".claim-{uuid.uuid4().hex}"
         with translated("creating", str(final)):
-            os.mkdir(draft, 0o700)
             try:
+                os.mkdir(draft, 0o700)
                 _write_file(draft / name, data)
                 self._sync(draft)
                 os.rename(draft, final)  # refuses to replace a directory that holds anything
-            except OSError as error:
+            except BaseException as error:
                 with contextlib.suppress(OSError):
                     os.unlink(draft / name)
                 with contextlib.suppress(OSError):
                     os.rmdir(draft)
-                if error.errno in _TAKEN:
+                if isinstance(error, OSError) and error.errno in _TAKEN:
                     return False
                 raise
             self._sync(final.parent)
@@ -145,19 +139,26 @@ class LocalBackend:
             os.rmdir(full)
 
     def sync_directory(self, path: str) -> None:
+        # The names that lead there as well: who made those directories may have died before it could sync them.
         full = self._full(path)
         with translated("syncing", str(full)):
             self._sync(full)
+            while full != self.root:
+                full = full.parent
+                self._sync(full)
+            self._sync_above_root()
 
     def _full(self, path: str) -> Path:
         return self.root / path if path else self.root
 
     def _make_directories(self, directory: Path) -> None:
         """Creates the missing directories below the root; never the root itself, which may be an absent mount."""
-        if directory == self.root or directory.is_dir():
+        if directory == self.root:
             return
-        # Asked again, because another rank may have made it since.
-        if directory.exists() and not directory.is_dir():
+        there = _is_directory(directory)
+        if there:
+            return
+        if there is False:
             raise ConfigError(
                 f"{directory} is a file, not a directory. Name another run or directory.", file=str(directory)
             )
@@ -165,6 +166,11 @@ class LocalBackend:
         with translated("creating", str(directory)), contextlib.suppress(FileExistsError):
             os.mkdir(directory, 0o700)
             self._sync(directory.parent)
+
+    def _sync_above_root(self) -> None:
+        # A directory that we may pass through but not open (a host's /mnt) was not made by us either.
+        with contextlib.suppress(PermissionError):
+            self._sync(self.root.parent)
 
     def _sync(self, directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -184,13 +190,14 @@ class _LocalSink:
         self._final = final
         self._exclusive = exclusive
         self._draft = _draft_name(final)
-        self._named = False
+        self._identity: tuple[int, int] | None = None
         self._descriptor: int | None = os.open(
             self._draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
         try:
+            self._identity = _identity(os.fstat(self._descriptor))
             _reserve(self._descriptor, nbytes)
-        except OSError:
+        except BaseException:
             self.discard()
             raise
 
@@ -205,28 +212,33 @@ class _LocalSink:
         with translated("writing", str(self._final)):
             # After a failed fsync the kernel may have dropped the pages: never tried again on this descriptor.
             os.fsync(self._descriptor)
-            os.close(self._descriptor)  # NFS reports a full disk here at the latest
-            self._descriptor = None
+            # Whatever close says, the descriptor is gone; another thread may already have its number.
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)  # NFS reports a full disk here at the latest
             if not self._exclusive:
                 os.rename(self._draft, self._final)
             elif not publish_exclusively(self._draft, self._final):
-                self.discard()
                 raise Fenced(
                     f"{self._final} exists already: another process writes this attempt at the step. Two runs must "
                     "not share one run name.",
                     file=str(self._final),
                 )
-            self._named = True
             self._backend._sync(self._final.parent)  # pyright: ignore[reportPrivateUsage]
 
     def discard(self) -> None:
         if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
             with contextlib.suppress(OSError):
-                os.close(self._descriptor)
-            self._descriptor = None
-        for name in (self._draft, *((self._final, _claim_name(self._final)) if self._named else ())):
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+                os.close(descriptor)
+        # The name may be ours even after an error: the call had been carried out and its answer was lost, or what
+        # failed came after it. An attempt whose own file is in its way could never be repeated.
+        with contextlib.suppress(OSError):
+            if self._identity is not None and _identity(os.stat(self._final)) == self._identity:
+                os.unlink(self._final)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_claim_name(self._final))
+        with contextlib.suppress(OSError):
+            os.unlink(self._draft)
 
 
 class _LocalSource:
@@ -291,7 +303,7 @@ def _rename_with_claim(draft: Path, final: Path) -> bool:
         os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
         return False
-    if final.exists():
+    if _is_directory(final) is not None:
         os.unlink(claim)
         return False
     os.rename(draft, final)
@@ -310,16 +322,31 @@ def _claim_name(final: Path) -> Path:
 def _write_file(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    except OSError:
-        os.close(descriptor)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
-    os.close(descriptor)
+
+
+def _is_directory(path: Path) -> bool | None:
+    """Whether a directory is there; False for anything else, None for nothing. `pathlib` raises bare errors."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise store_error(error, "looking for", str(path)) from error
+
+
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return (state.st_dev, state.st_ino)
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
@@ -334,9 +361,11 @@ def _reserve(descriptor: int, nbytes: int) -> None:
     if fallocate is None:
         return
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    while fallocate(descriptor, 0, 0, nbytes) != 0:
+    for number in range(_MAX_INTERRUPTS):
+        if fallocate(descriptor, 0, 0, nbytes) == 0:
+            return
         code = ctypes.get_errno()
-        if code == errno.EINTR:
+        if code == errno.EINTR and number < _MAX_INTERRUPTS - 1:
             continue
         if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             return

@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Generator
 from typing import Any, cast
 
-from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Source, Unsupported, store_error
+from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Sink, Source, Unsupported, store_error
 from arc_dist.errors import (
     ArcError,
     ConfigError,
@@ -42,6 +42,7 @@ _NO_MULTIPART_BYTES = 4 << 30  # a conditional PUT must be one PUT: completion o
 _DENIED_CODES = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
 _FULL_CODES = {"QuotaExceeded", "QuotaExceededException", "EntityTooLarge", "507"}
 _GONE_CODES = {"NoSuchBucket", "NoSuchKey", "404"}
+_SHORTER_CODES = {"InvalidRange", "416"}
 _CONFLICT_CODES = {"PreconditionFailed", "412"}
 _BUSY_CODES = {"ConditionalRequestConflict", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "503"}
 
@@ -66,10 +67,11 @@ class RemoteBackend:
         self._lock = threading.Lock()
         self.capabilities = Capabilities(
             exclusive_create=self._protocol in ("s3", "memory"),
-            atomic_publish=self._protocol == "s3",
+            atomic_publish=self._protocol in ("s3", "memory"),
             durable=self._protocol == "s3",
             reserve=False,
             private=False,
+            shared=self._protocol != "memory",
         )
 
     def prepare(self) -> None:
@@ -88,6 +90,8 @@ class RemoteBackend:
         entries: list[Entry] = []
         for row in rows:
             name = str(row["name"]).strip("/")
+            if name == prefix and row["type"] == "file" and not str(row["name"]).endswith("/") and len(rows) == 1:
+                raise ConfigError(f"{self._name(path)} is a file, not a directory. Correct the path.", file=path)
             if name != prefix:  # some services list a directory's own marker
                 entries.append(Entry(name.rsplit("/", 1)[-1], row["type"] == "directory"))
         return entries
@@ -123,17 +127,18 @@ class RemoteBackend:
     def claim(self, directory: str, name: str, data: bytes) -> bool:
         return self.create_exclusive(f"{directory}/{name}", data)
 
-    def create(self, path: str, nbytes: int, *, exclusive: bool) -> _RemoteSink:
+    def create(self, path: str, nbytes: int, *, exclusive: bool) -> Sink:
         del nbytes  # object stores reserve nothing
-        if exclusive and self.exists(path):
-            raise Fenced(
-                f"{self._name(path)} exists already: another process writes this attempt at the step. Two runs must "
-                "not share one run name.",
-                file=path,
-            )
+        if exclusive:
+            self._require_exclusive_create()
+            if self.exists(path):  # said before the upload; what decides is `publish`
+                raise self.fenced(path)
+        if self._protocol == "memory":
+            return _MemorySink(self, path, exclusive)
         with self._translated("creating", path):
-            handle = self._fs().open(self._full(path), "wb", block_size=_BLOCK_BYTES)
-        return _RemoteSink(self, path, handle)
+            # "x" makes the request that ends the upload conditional.
+            handle = self._fs().open(self._full(path), "xb" if exclusive else "wb", block_size=_BLOCK_BYTES)
+        return _RemoteSink(self, path, handle, exclusive)
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         self._require_exclusive_create()
@@ -152,8 +157,23 @@ class RemoteBackend:
         return True
 
     def remove(self, path: str) -> None:
-        with contextlib.suppress(StoreGone), self._translated("removing", path):
-            self._fs().rm_file(self._full(path))
+        names = (path,) if self._protocol == "memory" else (path, f"{path}.claim")
+        for name in names:
+            with contextlib.suppress(StoreGone), self._translated("removing", path):
+                self._fs().rm_file(self._full(name))
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Writes a small file whole, over whatever is there."""
+        with self._translated("writing", path):
+            self._fs().pipe_file(self._full(path), data)
+
+    def fenced(self, path: str) -> Fenced:
+        """The error of a name that another writer has taken."""
+        return Fenced(
+            f"{self._name(path)} exists already: another process writes this attempt at the step. Two runs must "
+            "not share one run name.",
+            file=path,
+        )
 
     def remove_directory(self, path: str) -> None:
         if self._protocol == "memory":
@@ -223,29 +243,91 @@ class _NameTakenError(Exception):
 
 
 class _RemoteSink:
-    def __init__(self, backend: RemoteBackend, path: str, handle: Any) -> None:
+    """One upload. The name appears with the request that ends it.
+
+    Not every service looks at the condition when a multipart upload is completed (radosgw 16 does not), so such an
+    upload first creates an object ``<name>.claim``, conditionally and in one PUT; only its creator completes.
+    """
+
+    def __init__(self, backend: RemoteBackend, path: str, handle: Any, exclusive: bool) -> None:
         self._backend = backend
         self._path = path
         self._handle = handle
+        self._exclusive = exclusive
+        self._claimed = False
+        self._named = False
+        self._nbytes = 0
 
     def write(self, data: memoryview) -> None:
         with self._backend._translated("writing", self._path):  # pyright: ignore[reportPrivateUsage]
             self._handle.write(data)
+        self._nbytes += len(data)
 
     def publish(self) -> None:
-        with self._backend._translated("writing", self._path):  # pyright: ignore[reportPrivateUsage]
-            self._handle.close()
+        if self._exclusive and self._nbytes == 0:
+            self._abandon()  # s3fs ends an empty upload with an unconditional request
+            if not self._backend.create_exclusive(self._path, b""):
+                raise self._backend.fenced(self._path)
+            self._named = True
+            return
+        if self._exclusive and self._nbytes >= _BLOCK_BYTES:
+            self._claimed = self._backend.create_exclusive(f"{self._path}.claim", b"")
+            if not self._claimed or self._backend.exists(self._path):
+                self.discard()
+                raise self._backend.fenced(self._path)
+        try:
+            with self._backend._translated("writing", self._path):  # pyright: ignore[reportPrivateUsage]
+                self._handle.close()
+        except _NameTakenError as error:
+            self.discard()
+            raise self._backend.fenced(self._path) from error
+        self._named = True
 
     def discard(self) -> None:
         """Ends the upload without completing it. Where a file is visible while written, it is removed."""
+        self._abandon()
+        if self._named or not self._backend.capabilities.atomic_publish:
+            self._remove(self._path)
+        if self._claimed:
+            self._remove(f"{self._path}.claim")
+
+    def _abandon(self) -> None:
         with contextlib.suppress(Exception):  # the error that led here is the one to tell
             if hasattr(self._handle, "discard"):
                 self._handle.discard()
-        # fsspec's finaliser would otherwise close, and so complete, the upload.
-        self._handle.closed = True
-        if not self._backend.capabilities.atomic_publish:
-            with contextlib.suppress(StoreError):
-                self._backend.remove(self._path)
+        # fsspec's finaliser would otherwise close, and so complete, the upload. Plain file objects have none.
+        with contextlib.suppress(AttributeError):
+            self._handle.closed = True
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(StoreError):  # as above
+            self._backend.remove(path)
+
+
+class _MemorySink:
+    """A file of ``memory://``, kept aside until it is published."""
+
+    def __init__(self, backend: RemoteBackend, path: str, exclusive: bool) -> None:
+        self._backend = backend
+        self._path = path
+        self._exclusive = exclusive
+        self._data = bytearray()
+        self._named = False
+
+    def write(self, data: memoryview) -> None:
+        self._data += data
+
+    def publish(self) -> None:
+        if not self._exclusive:
+            self._backend.replace(self._path, bytes(self._data))
+        elif not self._backend.create_exclusive(self._path, bytes(self._data)):
+            raise self._backend.fenced(self._path)
+        self._named = True
+
+    def discard(self) -> None:
+        self._data.clear()
+        if self._named:
+            self._backend.remove(self._path)
 
 
 class _RemoteSource:
@@ -257,7 +339,9 @@ class _RemoteSource:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         if not len(buffer):
             return
-        data = self._backend.fetch(self._path, offset, offset + len(buffer))
+        # A range that begins at the end or behind it is an error of its own to a service (416 InvalidRange).
+        inside = offset < self.nbytes
+        data = self._backend.fetch(self._path, offset, offset + len(buffer)) if inside else b""
         if len(data) != len(buffer):
             raise StoreCorrupt(
                 f"{self._path}: {len(data)} of {len(buffer)} bytes at {offset}: shorter than its manifest says.",
@@ -293,6 +377,10 @@ def _service_error(error: Exception, doing: str, where: str) -> Exception | None
         return StoreDenied(
             f"{doing} {where}: {code or 'no credentials found'}. Check the credentials and the rights of this user.",
             **fields,
+        )
+    if code in _SHORTER_CODES:
+        return StoreCorrupt(
+            f"{doing} {where}: shorter than it was. Restore it from a copy, or an older step.", **fields
         )
     if code in _GONE_CODES:
         return StoreGone(f"{doing} {where}: {code}. Create the bucket, or correct the URL.", **fields)
