@@ -320,7 +320,7 @@ def test_the_example_of_the_document_runs(
     assert Store(tmp_path / "ckpt", run="a").open(1200).verify() == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tensors_of_a_cuda_device(tmp_path: Path) -> None:
     state = {"x": torch.arange(1000, device="cuda"), "n": 3}
     dcp.save(state, storage_writer=ArcWriter(tmp_path, step=1))

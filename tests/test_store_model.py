@@ -7,7 +7,7 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from arc_dist.checkpoint_store import Store, TensorSpec
+from arc_dist.checkpoint_store import Store, TensorSpec, pruning
+from arc_dist.checkpoint_store.retention import Decision, Retention, StepFacts
 from arc_dist.errors import Fenced, StoreCorrupt, StoreError, StoreGone
 from crash_disk import Killed
 from os_calls import NAMESPACE_AND_DATA, Call, OsCalls
@@ -338,16 +339,11 @@ def test_a_hundred_thousand_steps(shm_root: Path, capsys: pytest.CaptureFixture[
 
 def test_the_model_finds_a_store_that_forgets(shm_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prune that counts uncertified steps among those it keeps."""
-    from arc_dist.checkpoint_store.catalog import Catalog
+    decide = pruning.decide
 
-    def prune(self: Catalog, keep_last: int) -> list[int]:
-        infos = [info for info in map(self.info, self.directories()) if info.problem is None]
-        gone = sorted({info.step for info in infos})[:-keep_last]
-        for info in infos:
-            if info.step in gone:
-                self.delete(info.directory)
-        return gone
+    def trusting(facts: Sequence[StepFacts], policy: Retention, now: float) -> dict[int, Decision]:
+        return decide([dataclasses.replace(fact, certified=True) for fact in facts], policy, now)
 
-    monkeypatch.setattr(Catalog, "prune", prune)
+    monkeypatch.setattr(pruning, "decide", trusting)
     with pytest.raises((AssertionError, StoreError)):
         live(shm_root, 30, 80, random_seed=False, quick=True)
