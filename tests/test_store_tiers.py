@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from arc_dist import Store
 from arc_dist.checkpoint_store.backends.local import LocalBackend
+from arc_dist.checkpoint_store.commands import add_commands
 from arc_dist.checkpoint_store.drain import Copy, Drainer, next_copy
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.retry import Retries, retrying
@@ -467,3 +469,22 @@ def test_what_a_rollback_gave_up_is_in_quarantine_in_every_tier_for_the_next_job
                 time.sleep(0.02)
             assert [store.newest().step for store in tiers.stores] == [5, 5]
     assert [info.step for info in tiers.steps() if info.certified] == [5, 12]
+
+
+def test_arc_ls_shows_which_tier_holds_which_step(tmp_path, capsys):
+    tiers = two_tiers(tmp_path)
+    save(tiers.stores[0], 2)
+    copy_run(tiers)
+    save(tiers.stores[0], 4)
+    damage(tmp_path / "slow" / "run" / "step-00000002" / "manifest.json", 200)
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args(["ls", f"{tmp_path}/fast, {tmp_path}/slow", "--json"])
+    assert args.run(args) == 1, "a damaged manifest is told by the exit code"
+    fast, slow = str(tmp_path / "fast"), str(tmp_path / "slow")
+    states = {row["step"]: row["tiers"] for row in json.loads(capsys.readouterr().out)}
+    certified = states[4][fast]
+    assert states == {2: {fast: certified, slow: "DAMAGED"}, 4: {fast: certified, slow: "-"}}
+    args = parser.parse_args(["ls", f"{tmp_path}/fast, {tmp_path}/slow"])
+    assert args.run(args) == 1
+    assert "TIER 1" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from arc_dist.checkpoint_store import commands_convert, commands_keep, commands_move
@@ -33,6 +34,7 @@ from arc_dist.checkpoint_store.commands_common import (
 from arc_dist.checkpoint_store.format import MANIFEST_NAME
 from arc_dist.checkpoint_store.manifest import Manifest
 from arc_dist.checkpoint_store.reader import Problem
+from arc_dist.checkpoint_store.tiers import Tier, parse_tiers
 from arc_dist.errors import StoreError
 
 __all__ = ["DAMAGED", "NOTHING_THERE", "OK", "add_commands", "describe", "format_bytes", "format_time"]
@@ -62,7 +64,13 @@ def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyrigh
 
 
 def list_steps(args: argparse.Namespace) -> int:
-    """Lists the committed checkpoints, oldest first. Reads manifests, not the data: see `arc verify`."""
+    """Lists the committed checkpoints, oldest first. Reads manifests, not the data: see `arc verify`.
+
+    Several tiers, as Arc(store=...) takes them ("/nvme/ckpt, s3://bucket/run"), give a table of steps by tiers.
+    """
+    tiers = parse_tiers(args.path)
+    if len(tiers) > 1:
+        return _list_tiers(args, tiers)
     rows = [(run, info) for run in find_runs(args.path, args.run_name) for info in run.infos(None)]
     if args.json:
         print_json([{"run": run.name, **dataclasses.asdict(info)} for run, info in rows])
@@ -87,6 +95,40 @@ def list_steps(args: argparse.Namespace) -> int:
     if not rows:
         return nothing(args.path, quiet=args.json)
     return DAMAGED if any(info.problem is not None for _, info in rows) else OK
+
+
+def _list_tiers(args: argparse.Namespace, tiers: Sequence[Tier]) -> int:
+    """Which tier holds which step."""
+    held: list[dict[tuple[str, int], StepInfo]] = []
+    for tier in tiers:
+        infos = [(run.name, info) for run in find_runs(tier.url, args.run_name) for info in run.infos(None)]
+        held.append({})
+        for name, info in infos:  # a sound commit of a step tells more than a damaged one
+            known = held[-1].get((name, info.step))
+            if known is None or known.problem is not None:
+                held[-1][name, info.step] = info
+    steps = sorted({key for found in held for key in found})
+    states = {key: [_state_in_tier(found.get(key)) for found in held] for key in steps}
+    if args.json:
+        urls = [tier.url for tier in tiers]
+        print_json([{"run": r, "step": s, "tiers": dict(zip(urls, states[r, s], strict=True))} for r, s in steps])
+    else:
+        table = [("RUN", "STEP", *(f"TIER {number}" for number in range(len(tiers))))]
+        print_table([*table, *((name, str(step), *states[name, step]) for name, step in steps)])
+        print()
+        for number, tier in enumerate(tiers):
+            print(f"tier {number}: {clean(tier.url)}")
+    if not steps:
+        return nothing(args.path, quiet=args.json)
+    return DAMAGED if any("DAMAGED" in row for row in states.values()) else OK
+
+
+def _state_in_tier(info: StepInfo | None) -> str:
+    if info is None:
+        return "-"
+    if info.problem is not None:
+        return "DAMAGED"
+    return "certified" if info.certified else "quarantined" if info.quarantined is not None else "uncertified"
 
 
 def verify_steps(args: argparse.Namespace) -> int:

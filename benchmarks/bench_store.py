@@ -1,0 +1,160 @@
+"""What the checkpoint store costs beside the least it could cost: raw writes, raw reads, and torch's own checkpoints.
+
+    python benchmarks/bench_store.py [--megabytes 500] [--blocks 5] [--directory DIR]
+
+One process, one shard. All arms of a comparison take turns in one run, so that a drifting disk hurts all alike; printed
+are medians with a 95 % interval, and ratios within each turn. Reads come from the page cache.
+
+* write: our shard, hashed, fsynced and committed / the same bytes written raw and fsynced / ``dcp.save`` (no fsync).
+* read: our verified restore / the same bytes read raw / ``dcp.load``.
+* list: finding the newest step among 1,000 steps of 64 ranks, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from arc_dist.checkpoint_store import ShardTensor, Store, TensorSpec
+from stats import describe, setting
+
+
+def state(megabytes: int) -> dict[str, torch.Tensor]:
+    """Tensors of 8 MB and a few small ones, like a transformer's."""
+    torch.manual_seed(0)
+    large = {f"model.layer{i:03d}.weight": torch.randn(2_000_000) for i in range(megabytes // 8)}
+    return large | {f"model.layer{i:03d}.bias": torch.randn(1024) for i in range(megabytes // 8)}
+
+
+def timed(action: Callable[[], object]) -> tuple[float, float]:
+    """(wall, CPU) seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+class Bench:
+    """The arms, over one state in one directory."""
+
+    def __init__(self, directory: Path, megabytes: int) -> None:
+        self.directory = directory
+        self.tensors = state(megabytes)
+        self.shards = [ShardTensor(TensorSpec.whole(name, tensor), tensor) for name, tensor in self.tensors.items()]
+        self.store = Store(directory / "store", owner="bench")
+        self.store.check_writable()
+        self.step = 0
+
+    def save(self) -> None:
+        self.step += 1
+        part = self.store.write_part(
+            self.step, generation=0, rank=0, world_size=1, tensors=self.shards, objects={"step": self.step}
+        )
+        self.store.commit(self.step, 0, 1, {0: part}, {"certified": True})
+
+    def raw_write(self) -> None:
+        with open(self.directory / "raw", "wb", buffering=0) as file:
+            for tensor in self.tensors.values():
+                view = memoryview(tensor.numpy()).cast("B")
+                for begin in range(0, len(view), 4 << 20):
+                    file.write(view[begin : begin + (4 << 20)])
+            os.fsync(file.fileno())
+
+    def dcp_save(self) -> None:
+        shutil.rmtree(self.directory / "dcp", ignore_errors=True)
+        dcp.save(self.tensors, checkpoint_id=self.directory / "dcp", no_dist=True)
+
+    def restore(self) -> None:
+        self.store.open(self.step).read([shard.spec for shard in self.shards])
+
+    def raw_read(self) -> None:
+        targets = [torch.empty_like(tensor) for tensor in self.tensors.values()]
+        with open(self.directory / "raw", "rb", buffering=0) as file:
+            for target in targets:
+                file.readinto(memoryview(target.numpy()).cast("B"))
+
+    def dcp_load(self) -> None:
+        dcp.load(
+            {k: torch.empty_like(v) for k, v in self.tensors.items()},
+            checkpoint_id=self.directory / "dcp",
+            no_dist=True,
+        )
+
+    def drop_old(self) -> None:
+        shutil.rmtree(self.directory / "store" / "run" / f"step-{self.step - 1:08d}", ignore_errors=True)
+
+
+def compare(title: str, arms: Mapping[str, Callable[[], object]], blocks: int, after: Callable[[], None]) -> None:
+    """Prints seconds of each arm, and the first arm's ratio to each other one."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for block in range(blocks + 1):
+        names = list(arms) if block % 2 else list(reversed(arms))
+        for name in names:
+            spent = timed(arms[name])
+            if block:  # the first turn warms caches and allocators
+                times[name].append(spent)
+        after()
+    first = next(iter(arms))
+    for name, spent in times.items():
+        line = f"{title:6} {name:18} {describe([wall for wall, _ in spent], 's')}"
+        if name != first:
+            wall = [mine[0] / theirs[0] for mine, theirs in zip(times[first], spent, strict=True)]
+            cpu = [mine[1] / max(theirs[1], 1e-9) for mine, theirs in zip(times[first], spent, strict=True)]
+            line += f"; {first} / {name}: wall {describe(wall, '', 2)}, CPU {describe(cpu, '', 2)}"
+        print(line, flush=True)
+
+
+def list_many(directory: Path, steps: int, ranks: int) -> tuple[float, int]:
+    """Seconds to find the newest certified step among so many; their manifests are real, their shards are tiny."""
+    store = Store(directory / "many", owner="bench")
+    store.check_writable()
+    tensor = torch.zeros(1)
+    parts = {}
+    for rank in range(ranks):
+        shard = ShardTensor(TensorSpec("model.w", "float32", (1,), (ranks,), (rank,)), tensor)
+        parts[rank] = store.write_part(1, generation=0, rank=rank, world_size=ranks, tensors=[shard], objects={})
+    store.commit(1, 0, ranks, parts, {"certified": True})
+    run = directory / "many" / "run"
+    # Only directories with a manifest count, and only the newest manifest is read: copies of the first stand for it.
+    for step in range(2, steps):
+        (run / f"step-{step:08d}").mkdir()
+        os.link(run / "step-00000001" / "manifest.json", run / f"step-{step:08d}" / "manifest.json")
+    for rank in range(ranks):
+        shard = ShardTensor(TensorSpec("model.w", "float32", (1,), (ranks,), (rank,)), tensor)
+        parts[rank] = store.write_part(steps, generation=0, rank=rank, world_size=ranks, tensors=[shard], objects={})
+    store.commit(steps, 0, ranks, parts, {"certified": True})
+    began = time.perf_counter()
+    newest = store.newest()
+    assert newest is not None
+    return time.perf_counter() - began, newest.step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--directory", help="where to write; default: a temporary directory")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        bench = Bench(Path(directory), args.megabytes)
+        nbytes = sum(tensor.nbytes for tensor in bench.tensors.values())
+        where = args.directory or "$TMPDIR"
+        print(f"{setting()}; {nbytes / 1e6:.0f} MB in {len(bench.tensors)} tensors, 1 rank, in {where}")
+        writing = {"ours": bench.save, "raw + fsync": bench.raw_write, "dcp.save": bench.dcp_save}
+        compare("write", writing, args.blocks, bench.drop_old)
+        reading = {"ours": bench.restore, "raw": bench.raw_read, "dcp.load": bench.dcp_load}
+        compare("read", reading, args.blocks, lambda: None)
+        seconds, step = list_many(Path(directory), 1000, 64)
+        print(f"list   newest of 1,000 steps of 64 ranks: step {step} in {seconds:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
