@@ -1,11 +1,11 @@
-"""What hashing costs, beside the least that touching the same bytes can cost; the choice of the store's hash rests on it.
+"""What hashing costs, beside the least that touching the same bytes can cost: what the choice of the store's hash rests on.
 
     python benchmarks/bench_hash.py [--megabytes 500] [--blocks 7]
 
 Each hash goes over the same buffer in pieces of 4 MiB, as the store's writer and reader do, on one thread. Printed are
-the median throughput over interleaved blocks, the median ratio to a copy of the same bytes within each block, and whether
-another thread gets its share of the time meanwhile (the hash lets go of Python's lock). Packages that are not installed
-are left out: ``pip install blake3 xxhash google-crc32c``.
+the median throughput over interleaved blocks, the median ratio to a copy of the same bytes within each block, and how
+much another thread gets done meanwhile (the hash lets go of Python's lock). Packages that are not installed are left
+out: ``pip install blake3 xxhash google-crc32c``.
 """
 
 from __future__ import annotations

@@ -168,6 +168,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         )
     }
     fields["nbytes"] = manifest.nbytes
+    fields["refers_to"] = list(manifest.refers_to)
     fields["versions"] = dict(manifest.versions)
     fields["hosts"] = dict(manifest.hosts)
     fields["meta"] = dict(manifest.meta)
@@ -223,7 +224,7 @@ def _verify_one(run: _Run, info: StepInfo, *, quiet: bool) -> list[Problem]:
         checkpoint = run.catalog.open(info.step, info.directory)
     except StoreError as error:
         return [Problem(f"{path}/{MANIFEST_NAME}", error.message)]
-    progress = None if quiet or not sys.stderr.isatty() else _Progress(path, info.nbytes)
+    progress = None if quiet or not sys.stderr.isatty() else _Progress(path, info.nbytes + info.referred_nbytes)
     try:
         return checkpoint.verify(progress)
     finally:

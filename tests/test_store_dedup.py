@@ -1,0 +1,450 @@
+"""Tensors that did not change are referred to: fewer bytes, equal restores, and nothing that is referred to gets lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from arc_dist.checkpoint_store import Store
+from arc_dist.checkpoint_store.catalog import Catalog
+from arc_dist.checkpoint_store.format import digest_of
+from arc_dist.checkpoint_store.manifest import Manifest, parse_manifest
+from arc_dist.checkpoint_store.pruning import plan_prune, prune
+from arc_dist.checkpoint_store.references import MIN_REFERRED_BYTES, remove_step
+from arc_dist.checkpoint_store.retention import Retention
+from arc_dist.checkpoint_store.tiers import Tiers, parse_tiers
+from arc_dist.checkpoint_store.transfer import copy_step
+from arc_dist.errors import StoreCorrupt, StoreError, StoreGone
+from store_helpers import fsdp_cut, random_tensor, rows, same_bits, save, whole
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+State = dict[str, torch.Tensor]
+LARGE = (MIN_REFERRED_BYTES // 4 // 8, 8)  # float32: the least that is referred to
+FIXTURES = Path(__file__).parent / "data"
+
+
+def open_store(root: Path, **options: Any) -> Store:
+    store = Store(root, owner="o", **{"dedup": True, **options})
+    store.check_writable()
+    return store
+
+
+def large_state(seed: int = 0, count: int = 3) -> State:
+    return {f"model.{i}": random_tensor(LARGE, seed=seed * 100 + i) for i in range(count)}
+
+
+def write(store: Store, step: int, state: State, world_size: int = 1, *, generation: int = 0) -> list[dict[str, Any]]:
+    """The parts of all ranks, each tensor cut by rows as FSDP2 cuts it."""
+    parts: list[dict[str, Any]] = []
+    for rank in range(world_size):
+        tensors = [rows(n, t, *fsdp_cut(t.shape[0], rank, world_size)) for n, t in state.items()]
+        if world_size == 1:
+            tensors = [whole(n, t) for n, t in state.items()]
+        options: dict[str, Any] = {"tensors": tensors, "objects": {"step": step}}
+        parts.append(store.write_part(step, generation=generation, rank=rank, world_size=world_size, **options))
+    return parts
+
+
+def commit(store: Store, step: int, parts: list[dict[str, Any]], *, generation: int = 0) -> None:
+    store.commit(step, generation, len(parts), dict(enumerate(parts)), {"certified": True})
+
+
+def save_state(store: Store, step: int, state: State, world_size: int = 1) -> Manifest:
+    commit(store, step, write(store, step, state, world_size))
+    return store.manifest(step)
+
+
+def require_equal(store: Store, step: int, state: State) -> None:
+    checkpoint = store.open(step)
+    specs = checkpoint.specs()
+    loaded = checkpoint.read([specs[name] for name in state])
+    assert specs.keys() == state.keys()
+    assert all(same_bits(tensor, state[name]) for name, tensor in zip(state, loaded)), step
+    assert checkpoint.verify() == []
+
+
+def directory(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def test_what_did_not_change_is_referred_to_and_read_back(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    first = save_state(store, 1, state)
+    changed = {**state, "model.1": random_tensor(LARGE, seed=77)}
+    second = save_state(store, 2, changed)
+    assert (first.version, first.refers_to) == (1, ())
+    assert (second.version, second.refers_to) == (2, (directory(1),))
+    assert {t.name for t in second.tensors for c in t.chunks if c.directory} == {"model.0", "model.2"}
+    assert second.nbytes < first.nbytes / 2
+    require_equal(store, 1, state)
+    require_equal(store, 2, changed)
+
+
+def test_references_lead_to_the_bytes_and_never_to_references(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    for step in range(1, 5):
+        manifest = save_state(store, step, state)
+    assert manifest.refers_to == (directory(1),)
+    # A process that starts anew knows nothing of the saves before it, and finds the same.
+    assert save_state(open_store(tmp_path, owner="later"), 9, state).refers_to == (directory(1),)
+
+
+def test_without_the_option_every_step_is_whole(tmp_path: Path) -> None:
+    store = open_store(tmp_path, dedup=False)
+    for step in (1, 2):
+        manifest = save_state(store, step, large_state())
+        assert (manifest.version, manifest.refers_to) == (1, ())
+        assert "refers" not in (tmp_path / "run" / directory(step) / "attempt.json").read_text()
+
+
+@pytest.mark.parametrize("what", ["dtype", "shape", "name", "small", "cut"])
+def test_only_the_same_part_of_the_same_tensor_is_referred_to(tmp_path: Path, what: str) -> None:
+    store, tensor = open_store(tmp_path), random_tensor(LARGE)
+    other = {
+        "dtype": {"model.w": tensor.view(torch.int32)},
+        "shape": {"model.w": tensor.reshape(-1)},
+        "name": {"model.v": tensor},
+        "small": {"model.w": tensor[1:]},
+        "cut": {"model.w": tensor},
+    }[what]
+    first = {"model.w": tensor[1:] if what == "small" else tensor}
+    save_state(store, 1, first)
+    assert save_state(store, 2, other, world_size=2 if what == "cut" else 1).refers_to == ()
+    require_equal(store, 2, other)
+
+
+def test_a_tensor_that_stops_changing_is_referred_to_after_one_more_save(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    states = [{"model.w": random_tensor(LARGE, seed=seed)} for seed in (1, 2, 3, 3, 3)]
+    referred = [save_state(store, step, state).refers_to for step, state in enumerate(states, 1)]
+    assert referred == [(), (), (), (), (directory(4),)]
+    for step, state in enumerate(states, 1):
+        require_equal(store, step, state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ten_saves_of_a_lora_like_state_write_little(tmp_path: Path, world_size: int) -> None:
+    store = open_store(tmp_path)
+    frozen = {f"model.base.{i}": random_tensor((1024, 256), seed=i) for i in range(8)}
+    written: list[int] = []
+    for step in range(1, 11):
+        adapters = {f"model.lora.{i}": random_tensor((10, 256), seed=1000 * step + i) for i in range(8)}
+        state = {**frozen, **adapters}
+        save_state(store, step, state, world_size)
+        written.append(sum(f.stat().st_size for f in (tmp_path / "run" / directory(step)).iterdir()))
+    assert sum(written) <= 0.12 * 10 * written[0], written
+    require_equal(store, 10, state)
+
+
+def test_two_ranks_refer_to_their_own_parts_and_any_world_reads_them(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    state = {"model.w": random_tensor((2 * LARGE[0] + 1, 8)), "model.v": random_tensor((2 * LARGE[0], 8), seed=5)}
+    save_state(store, 1, state, world_size=2)
+    state["model.v"] = state["model.v"].clone()
+    state["model.v"][-1] += 1  # rank 1 alone has something new
+    manifest = save_state(store, 2, state, world_size=2)
+    assert sorted((t.name, c.rank) for t in manifest.tensors for c in t.chunks if c.directory) == [
+        ("model.v", 0),
+        ("model.w", 0),
+        ("model.w", 1),
+    ]
+    checkpoint = store.open(2)
+    assert [s.name for s in checkpoint.rank_specs(1)] == ["model.v", "model.w"]
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            for name, tensor in state.items():
+                wanted = rows(name, tensor, *fsdp_cut(tensor.shape[0], rank, world_size))
+                assert same_bits(checkpoint.read([wanted.spec])[0], wanted.data)
+
+
+def test_pruning_keeps_what_is_referred_to_and_says_why(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    for step in range(1, 6):
+        save_state(store, step, {**state, "model.0": random_tensor(LARGE, seed=step)})
+    plan = plan_prune(store.backend, "run", Retention(last=2), 0.0)
+    assert {row.step: row.why for row in plan.rows if row.kept}[1] == "step 4 refers to it"
+    assert store.prune(keep_last=2) == [2, 3]
+    for step in (1, 4, 5):
+        require_equal(store, step, {**state, "model.0": random_tensor(LARGE, seed=step)})
+    for step in (6, 7):  # nothing of the first is left in these
+        save_state(store, step, large_state(seed=step))
+    assert store.prune(keep_last=2) == [4, 5, 1]  # what refers goes first
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == [directory(6), directory(7)]
+
+
+def test_a_quarantined_step_is_still_referred_to(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    for step in range(1, 4):
+        save_state(store, step, state)
+    store.quarantine(1, 1, "poisoned")
+    assert 1 not in store.prune(keep_last=2)
+    require_equal(store, 3, state)
+
+
+def test_a_save_in_progress_protects_what_it_may_refer_to(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    parts = write(store, 9, state)
+    others = open_store(tmp_path, dedup=False)
+    for step in (2, 3):
+        save_state(others, step, large_state(seed=step))
+    assert others.prune(keep_last=2) == []
+    # Whoever had decided before the save began still finds it, and puts the manifest back.
+    before = (tmp_path / "run" / directory(1) / "manifest.json").read_bytes()
+    assert remove_step(store.backend, "run", directory(1)) == [directory(9)]
+    assert (tmp_path / "run" / directory(1) / "manifest.json").read_bytes() == before
+    commit(store, 9, parts)
+    require_equal(store, 9, state)
+
+
+def test_a_step_that_vanished_after_the_announcement_is_written_in_full(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    announced = store._claim(2, 0, 1, "o")  # the first rank to come has announced step 1
+    assert json.loads((tmp_path / "run" / announced / "attempt.json").read_text())["refers"] == [directory(1)]
+    Catalog(store.backend, "run").delete(directory(1))
+    assert save_state(store, 2, state).refers_to == ()
+    require_equal(store, 2, state)
+
+
+@pytest.mark.parametrize("how", ["manifest", "file", "truncated", "replaced", "unannounced"])
+def test_a_commit_refuses_references_that_lead_nowhere(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 0.2)
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    (part,) = write(store, 2, state)
+    held = tmp_path / "run" / directory(1)
+    shard = held / "rank-00000.safetensors"
+    if how == "manifest":
+        (held / "manifest.json").unlink()
+    elif how == "file":
+        shard.unlink()
+    elif how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif how == "replaced":
+        Catalog(store.backend, "run").delete(directory(1))
+        save_state(open_store(tmp_path, dedup=False), 1, large_state(seed=4))
+    else:
+        save_state(open_store(tmp_path, dedup=False), 3, state)
+        part = {**part, "tensors": [{**row, "directory": directory(3)} for row in part["tensors"]]}
+    with pytest.raises(StoreError, match="Nothing was committed"):
+        commit(store, 2, [part])
+    assert 2 not in [info.step for info in store.steps()]
+    Catalog(store.backend, "run").delete(directory(2))
+    assert save_state(store, 4, state).step == 4  # and the next save is not in the way of anything
+    require_equal(store, 4, state) if how != "file" and how != "truncated" else None
+
+
+def test_a_flipped_byte_that_is_referred_to_harms_all_that_refer_and_only_those(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    changed = {**state, "model.2": random_tensor(LARGE, seed=7)}
+    for step in (2, 3):
+        save_state(store, step, changed)
+    shard = tmp_path / "run" / directory(1) / "rank-00000.safetensors"
+    sound = shard.read_bytes()
+    chunks = {t.name: t.chunks[0] for t in store.manifest(1).tensors}
+    for name, chunk in chunks.items():
+        for position in (chunk.start, chunk.start + chunk.nbytes // 2, chunk.start + chunk.nbytes - 1):
+            data = bytearray(sound)
+            data[position] ^= 1
+            shard.write_bytes(data)
+            for step in (1, 2, 3):
+                checkpoint = store.open(step)
+                harmed = step == 1 or name != "model.2"
+                problems = checkpoint.verify()
+                assert [p.tensors for p in problems] == ([(name,)] if harmed else [])
+                assert all(p.file == f"run/{directory(1)}/rank-00000.safetensors" for p in problems)
+                targets = [(spec, torch.zeros(spec.shape)) for spec in checkpoint.specs().values()]
+                if harmed:
+                    with pytest.raises(StoreCorrupt, match=name):
+                        checkpoint.read_into(targets)
+                    assert all(not target.any() for _, target in targets)
+                else:
+                    checkpoint.read_into(targets)
+    shard.unlink()
+    assert store.open(2).verify() != []
+    with pytest.raises(StoreGone):
+        store.open(2).read(list(store.open(2).specs().values()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_copy_is_whole_and_stock_torch_reads_it(tmp_path: Path, world_size: int) -> None:
+    store = open_store(tmp_path / "a")
+    state = {f"model.{i}": random_tensor((2 * LARGE[0], 8), seed=i) for i in range(3)}
+    save_state(store, 1, state, world_size)
+    state["model.1"] = random_tensor((2 * LARGE[0], 8), "int64", seed=8).view(torch.float64)  # wider: goes first
+    original = save_state(store, 2, state, world_size)
+    assert original.version == 2
+    target = open_store(tmp_path / "b")
+    done = copy_step(store.backend, "run", directory(2), target.backend)
+    copied = target.manifest(2)
+    assert done.committed and done.sent_nbytes > original.nbytes
+    assert (copied.version, copied.refers_to) == (1, ())
+    assert copied.same_state(original) and not copied.same_content(original)
+    require_equal(target, 2, state)
+    loaded = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    reader = HuggingFaceStorageReader(str(tmp_path / "b" / "run" / directory(2)))
+    dcp.load(loaded, storage_reader=reader, no_dist=True)
+    assert all(same_bits(loaded[name], tensor) for name, tensor in state.items())
+    again = copy_step(store.backend, "run", directory(2), target.backend)
+    assert (again.committed, again.num_sent) == (False, 0)
+
+
+def test_a_copy_of_damaged_references_is_refused(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path / "a"), large_state()
+    save_state(store, 1, state)
+    save_state(store, 2, state)
+    shard = tmp_path / "a" / "run" / directory(1) / "rank-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    target = open_store(tmp_path / "b")
+    with pytest.raises(StoreCorrupt, match=directory(1)):
+        copy_step(store.backend, "run", directory(2), target.backend)
+    assert target.steps() == []
+
+
+def test_another_tier_replaces_damaged_references(tmp_path: Path) -> None:
+    tiers = Tiers(parse_tiers([str(tmp_path / "a"), str(tmp_path / "b")]), owner="o", dedup=True)
+    tiers.check_writable()
+    fast, slow = tiers.stores
+    state = large_state()
+    save_state(fast, 1, state)
+    assert save_state(fast, 2, state).refers_to == (directory(1),)
+    copy_step(fast.backend, "run", directory(2), slow.backend)
+    (tmp_path / "a" / "run" / directory(1) / "rank-00000.safetensors").unlink()
+    checkpoint = tiers.open(2)
+    loaded = checkpoint.read([checkpoint.specs()[name] for name in state])
+    assert all(same_bits(tensor, state[name]) for name, tensor in zip(state, loaded))
+    assert checkpoint.damage and directory(1) in checkpoint.damage[0].what
+
+
+def altered(data: bytes, change: Any, version: int = 2) -> bytes:
+    """A manifest with its referred chunks changed, under a right digest."""
+    fields = json.loads(data)
+    fields["version"] = version
+    fields.pop("manifest_digest")
+    for tensor in fields["tensors"].values():
+        tensor["chunks"] = [{**c, **change} if "directory" in c else c for c in tensor["chunks"]]
+    body = json.dumps(fields, indent=0).removesuffix("\n}").encode()
+    return body + f',\n"manifest_digest": "sha256:{digest_of(body)}"\n}}\n'.encode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"directory": "../other/step-00000001"},
+        {"directory": "step-00000002"},
+        {"directory": ""},
+        {"directory": None},
+        {"file": "../step-00000001/rank-00000.safetensors"},
+        {"file": "attempt.json"},
+        {"rank": 1},
+        {"rank": None},
+        {"start": -1},
+        {"nbytes": 1},
+    ],
+    ids=str,
+)
+def test_hostile_references_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    save_state(store, 2, state)
+    data = (tmp_path / "run" / directory(2) / "manifest.json").read_bytes()
+    assert parse_manifest(altered(data, {}), "m", directory(2)) == store.manifest(2)
+    with pytest.raises(StoreCorrupt):
+        parse_manifest(altered(data, change), "m", directory(2))
+    with pytest.raises(StoreCorrupt, match="version 1"):
+        parse_manifest(altered(data, {}, version=1), "m", directory(2))
+
+
+def test_an_altered_announcement_does_not_free_what_a_committed_step_refers_to(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    save_state(store, 2, state)
+    path = tmp_path / "run" / directory(2) / "attempt.json"
+    sound = path.read_bytes()
+    for position in range(len(sound)):
+        data = bytearray(sound)
+        data[position] ^= 1
+        path.write_bytes(data)
+        assert remove_step(store.backend, "run", directory(1)) == [directory(2)], position
+
+
+def test_a_checkpoint_of_format_version_1_with_sha256_is_read(tmp_path: Path) -> None:
+    store = Store(FIXTURES / "store-v1")
+    manifest = store.manifest(5)
+    assert (manifest.version, manifest.hash) == (1, "sha256")
+    assert store.open(5).verify() == []
+    expected = save(Store(tmp_path, owner="fixture"), 5, world_size=2, seed=3, meta={"epoch": 1})
+    require_equal(store, 5, expected)
+    # A new save beside an old one is not based on it: its digests are of another kind.
+    copy_step(store.backend, "run", directory(5), open_store(tmp_path / "b").backend)
+    assert save_state(open_store(tmp_path / "b"), 6, large_state()).refers_to == ()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_sequence_of_saves_prunes_copies_and_restores(data: st.DataObject, tmp_path_factory: Any) -> None:
+    root = tmp_path_factory.mktemp("sequence")
+    store, other = open_store(root / "a"), open_store(root / "b")
+    state = large_state(count=4)
+    held: dict[int, State] = {}
+    copied: dict[int, State] = {}
+    versions = 0
+    for step in range(1, data.draw(st.integers(3, 12), label="saves") + 1):
+        for name in data.draw(st.sets(st.sampled_from(sorted(state))), label="changed"):
+            versions += 1
+            state = {**state, name: random_tensor(LARGE, seed=1000 + versions)}
+        if data.draw(st.booleans(), label="a new process"):
+            store = open_store(root / "a", owner=f"o{step}")
+        save_state(store, step, state, world_size=data.draw(st.sampled_from([1, 1, 2]), label="ranks"))
+        held[step] = state
+        action = data.draw(st.sampled_from(["none", "prune", "copy", "quarantine"]), label="then")
+        if action == "prune":
+            policy = Retention(last=data.draw(st.integers(2, 4)), every=data.draw(st.sampled_from([None, 3])))
+            for row in prune(store.backend, "run", policy):
+                del held[row.step]
+        elif action == "copy":
+            chosen = data.draw(st.sampled_from(sorted(held)), label="copied")
+            copy_step(store.backend, "run", store.manifest(chosen).directory, other.backend)
+            copied[chosen] = held[chosen]
+        elif action == "quarantine":
+            first = data.draw(st.sampled_from(sorted(held)), label="quarantined")
+            store.quarantine(first, first, "poisoned")
+        for place, steps in ((store, held), (other, copied)):
+            for number in data.draw(st.sets(st.sampled_from(sorted(steps)), max_size=2)) if steps else ():
+                require_equal(place, number, steps[number])
+    assert [info.step for info in store.steps()] == sorted(held)
+    for place, steps in ((store, held), (other, copied)):
+        for number, expected in steps.items():
+            require_equal(place, number, expected)
+    # Each byte of each tensor is guarded in every step that has it, wherever it lies.
+    victim = data.draw(st.sampled_from(sorted(held)), label="damaged")
+    manifest = store.manifest(victim)
+    tensor = data.draw(st.sampled_from(manifest.tensors), label="tensor")
+    chunk = data.draw(st.sampled_from(tensor.chunks))
+    path = root / "a" / "run" / (chunk.directory or manifest.directory) / chunk.file
+    content = bytearray(path.read_bytes())
+    content[chunk.start + data.draw(st.integers(0, chunk.nbytes - 1))] ^= 1
+    path.write_bytes(content)
+    place = (chunk.directory or manifest.directory, chunk.file, chunk.start)
+    for number in held:
+        mine = store.manifest(number)
+        harmed = any((c.directory or mine.directory, c.file, c.start) == place for t in mine.tensors for c in t.chunks)
+        if harmed:
+            with pytest.raises(StoreCorrupt):
+                require_equal(store, number, held[number])
+        else:
+            require_equal(store, number, held[number])
