@@ -1,4 +1,4 @@
-"""What hashing costs, beside the least that touching the same bytes can cost: what the choice of the store's hash rests on.
+"""What hashing costs, beside the least that touching the same bytes can cost: the choice of hash rests on it.
 
     python benchmarks/bench_hash.py [--megabytes 500] [--blocks 7]
 

@@ -280,7 +280,7 @@ class Checkpoint:
                     self._compare_header(entry, header)
                 damaged: list[str] = []
                 for tensor, chunk in sorted(inside, key=lambda item: item[1].start):
-                    if _digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
+                    if digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
                         damaged.append(tensor.name)
                     _advance(progress, chunk.nbytes)
                 if damaged:
@@ -300,7 +300,7 @@ class Checkpoint:
                     path = f"{self._beside(directory)}/{chunk.file}"
                     try:
                         source, _ = files.of(chunk)
-                        if _digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
+                        if digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
                             problems.append(Problem(path, "bytes differ from the manifest", (tensor.name,)))
                     except StoreError as error:
                         problems.append(Problem(path, error.message, (tensor.name,)))
@@ -452,7 +452,7 @@ def _read_chunk(
     # A part is verified as a whole even when a slice of it is wanted: its digest covers all of it.
     direct = sizes == chunk.shape and target.is_contiguous()
     buffer = target if direct else torch.empty(chunk.shape, dtype=result.dtype)
-    digest = _digest_range(source, chunk.start, chunk.nbytes, files.checkpoint.manifest.hash, as_bytes(buffer))
+    digest = digest_range(source, chunk.start, chunk.nbytes, files.checkpoint.manifest.hash, as_bytes(buffer))
     if digest != chunk.digest:
         raise files.checkpoint.corrupt(tensor.name, chunk)
     if not direct:
@@ -466,7 +466,7 @@ def _part(tensor: torch.Tensor, low: tuple[int, ...], sizes: tuple[int, ...], or
     return tensor
 
 
-def _digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer: memoryview | None = None) -> str:
+def digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer: memoryview | None = None) -> str:
     """Digest of a range of a file, read block by block (into `buffer`, if given) so that it is hashed while cached."""
     hasher = new_hash(algorithm)
     scratch = memoryview(bytearray(min(nbytes, _BLOCK_BYTES))) if buffer is None else None

@@ -37,7 +37,8 @@ from arc_dist.checkpoint_store.format import (
     parse_json,
     step_of_directory,
 )
-from arc_dist.checkpoint_store.manifest import Chunk, Manifest
+from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest
+from arc_dist.checkpoint_store.reader import digest_range
 from arc_dist.errors import CheckpointMismatch, StoreCorrupt, StoreError, StoreGone
 
 _log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Place:
     directory: str
     file: str
     start: int
+    nbytes: int
     dtype: str
     global_shape: tuple[int, ...]
     digest: str
@@ -118,7 +120,8 @@ def newest_manifest(catalog: Catalog, hint: str | None) -> Manifest | None:
 def places(catalog: Catalog, base: str | None, refers: Iterable[str]) -> dict[_Key, Place]:
     """What an attempt may refer to. Call it only after the attempt has announced these directories.
 
-    Only parts whose bytes lie in a directory that has its sound manifest now, with exactly these parts.
+    Only parts whose bytes lie in a directory that has its sound manifest now, with exactly these parts, in a file of the
+    right size: what is damaged is written again, not referred to until nobody can restore anything.
     """
     manifest = None if base is None else _sound(catalog, base)
     if manifest is None or manifest.hash != DEFAULT_HASH:
@@ -127,14 +130,15 @@ def places(catalog: Catalog, base: str | None, refers: Iterable[str]) -> dict[_K
     for name in refers:
         holder = manifest if name == manifest.directory else _sound(catalog, name)
         if holder is not None and holder.hash == DEFAULT_HASH:
-            present[name] = _own_parts(holder)
+            whole = {f.name for f in holder.files if f.kind == "tensors" and _has_size(catalog, name, f)}
+            present[name] = {part for part in _own_parts(holder) if part[3] in whole}
     found: dict[_Key, Place] = {}
     for tensor in manifest.tensors:
         for chunk in tensor.chunks:
             directory = chunk.directory or manifest.directory
             if chunk.nbytes < MIN_REFERRED_BYTES or _part(tensor.name, chunk) not in present.get(directory, ()):
                 continue
-            place = Place(directory, chunk.file, chunk.start, tensor.dtype, tensor.shape, chunk.digest)
+            place = Place(directory, chunk.file, chunk.start, chunk.nbytes, tensor.dtype, tensor.shape, chunk.digest)
             found.setdefault((tensor.name, chunk.offsets, chunk.shape), place)
     return found
 
@@ -147,10 +151,18 @@ class Unchanged:
     to change again, is written at once, and is looked up again only after its digest has stayed the same. A frozen
     tensor is thus written at most once more than needed, and a training that changes everything hashes twice only once.
     The expectation decides about time alone: what is referred to is decided by the digest.
+
+    What lies in the store is read and hashed once, the first time that this process refers to it, unless the process
+    wrote it: otherwise bytes that were damaged before it started would go on being referred to by each new step.
+
+    Args:
+        stored_digest: reads a place and returns the digest of what is there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored_digest: Callable[[Place], str]) -> None:
+        self._stored_digest = stored_digest
         self._changing: set[str] = set()
+        self._trusted: set[tuple[str, str, int, str]] = set()
 
     def find(
         self,
@@ -163,18 +175,49 @@ class Unchanged:
         for tensor in tensors:
             place = _place_of(tensor.spec, places)
             if place is not None and tensor.spec.name not in self._changing:
-                if _digest(tensor, check_abort) == place.digest:
+                if _digest(tensor, check_abort) == place.digest and self._is_sound(place):
                     found[tensor.spec.name] = place
         return found
 
+    def _is_sound(self, place: Place) -> bool:
+        key = (place.directory, place.file, place.start, place.digest)
+        if key not in self._trusted:
+            try:
+                stored = self._stored_digest(place)
+            except (StoreGone, StoreCorrupt) as error:
+                _log.warning("%s is damaged and not referred to: %s", place.directory, error.message)
+                return False
+            if stored != place.digest:
+                _log.warning("%s/%s is damaged; its tensors are written again", place.directory, place.file)
+                return False
+            self._trusted.add(key)
+        return True
+
+    def wrote(self, directory: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Told what this process has written itself, in rows of its part of the manifest."""
+        self._trusted.update(
+            (directory, row["file"], row["start"], row["digest"]) for row in rows if "directory" not in row
+        )
+
     def learn(self, specs: Sequence[TensorSpec], digests: Sequence[str], places: Mapping[_Key, Place]) -> None:
-        """Told what was saved, so that the next save looks up what is likely to have stayed."""
+        """Told what was written, so that the next save looks up what is likely to have stayed."""
         for spec, digest in zip(specs, digests, strict=True):
             place = _place_of(spec, places)
             if place is not None and place.digest != digest:
                 self._changing.add(spec.name)
             else:
                 self._changing.discard(spec.name)
+
+
+def stored_digest(backend: Backend, run: str, place: Place) -> str:
+    """The digest of what is at a place now.
+
+    Raises:
+        StoreGone, StoreCorrupt: it is not there, or too short.
+        StoreError: it cannot be read at all.
+    """
+    with contextlib.closing(backend.open(f"{run}/{place.directory}/{place.file}")) as source:
+        return digest_range(source, place.start, place.nbytes, DEFAULT_HASH)
 
 
 def check_references(catalog: Catalog, manifest: Manifest, attempt: bytes, where: str, *, timeout_s: float) -> None:
@@ -206,14 +249,13 @@ def check_references(catalog: Catalog, manifest: Manifest, attempt: bytes, where
                 f"{where}: refers to tensors {missing[:5]} in {directory}, which has other ones. {_NOTHING} The next "
                 "save writes them in full."
             )
-        sizes = {file.name: file.nbytes for file in holder.files}
-        for name in sorted({c.file for c in manifest.referred if c.directory == directory}):
-            nbytes = catalog.file_nbytes(directory, name)
-            if nbytes != sizes[name]:
+        needed = {c.file for c in manifest.referred if c.directory == directory}
+        for file in holder.files:
+            if file.name in needed and not _has_size(catalog, directory, file):
                 raise StoreCorrupt(
-                    f"{where}: refers to {directory}/{name}, which has {nbytes} bytes instead of {sizes[name]}. "
-                    f"{_NOTHING} Repair that step from a copy, or remove it.",
-                    file=f"{directory}/{name}",
+                    f"{where}: refers to {directory}/{file.name}, which is missing or has not its {file.nbytes} bytes. "
+                    f"{_NOTHING} The next save writes them in full.",
+                    file=f"{directory}/{file.name}",
                 )
 
 
@@ -306,6 +348,13 @@ def _sound(catalog: Catalog, directory: str) -> Manifest | None:
         return catalog.manifest(directory)
     except (StoreGone, StoreCorrupt, CheckpointMismatch):
         return None  # nothing to refer to: the bytes are written
+
+
+def _has_size(catalog: Catalog, directory: str, file: FileEntry) -> bool:
+    try:
+        return catalog.file_nbytes(directory, file.name) == file.nbytes
+    except (StoreGone, StoreCorrupt):
+        return False
 
 
 def _own_parts(manifest: Manifest) -> set[tuple[object, ...]]:

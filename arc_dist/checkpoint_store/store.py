@@ -44,6 +44,7 @@ from arc_dist.checkpoint_store.references import (
     newest_manifest,
     places,
     remove_step,
+    stored_digest,
 )
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.writer import write_rank
@@ -78,7 +79,7 @@ class Store:
         self._backend: Backend = open_backend(url)
         self._owner = owner
         self._alone = uuid.uuid4().hex
-        self._unchanged = Unchanged() if dedup else None
+        self._unchanged = Unchanged(lambda place: stored_digest(self._backend, self.run, place)) if dedup else None
         self._written: str | None = None  # the directory of the last part, which may have been committed since
         self._catalog = Catalog(self._backend, self.run)
 

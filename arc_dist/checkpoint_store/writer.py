@@ -129,6 +129,7 @@ def write_rank(
         rows.append({**row, "directory": place.directory, "rank": rank})
     if unchanged is not None:
         unchanged.learn(specs, digests, known)
+        unchanged.wrote(directory.rsplit("/", 1)[-1], rows)
     return {
         "version": FORMAT_VERSION,
         "step": step,
