@@ -15,7 +15,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +31,6 @@ from arc_dist.checkpoint_store.format import (
     MAX_MANIFEST_BYTES,
     ShardTensor,
     TensorSpec,
-    digest_of,
     new_hash,
     parse_json,
     step_of_directory,
@@ -79,14 +77,15 @@ def announcement(base: Manifest | None) -> dict[str, Any]:
                     held[directory] = held.get(directory, 0) + chunk.nbytes
     most = sorted(held, key=lambda name: (-held[name], name))[:_MAX_DIRECTORIES]
     name, refers = (base.directory if base is not None and most else None), sorted(most)
-    return {"base": name, "refers": refers, "refers_digest": _announcement_digest(name, refers)}
+    return {"base": name, "refers": refers}
 
 
 def announced(attempt: Any, where: str) -> tuple[str | None, frozenset[str]]:
     """The base and the directories that an attempt has announced.
 
     Raises:
-        StoreCorrupt: what it has announced was altered. An altered byte must not make it look as if it were nothing.
+        StoreCorrupt: it cannot be read. An altered byte must not make it look as if nothing had been announced, so an
+            attempt that has other fields than those of one without references must have these.
     """
     fields = cast("dict[str, Any]", attempt) if isinstance(attempt, dict) else {"": None}
     if fields.keys() <= _PLAIN_FIELDS:
@@ -96,13 +95,7 @@ def announced(attempt: Any, where: str) -> tuple[str | None, frozenset[str]]:
     sound = len(names) <= _MAX_DIRECTORIES and all(_is_directory(name) for name in names)
     if not sound or not (base is None or _is_directory(base)):
         raise StoreCorrupt(f"{where}: what it may refer to cannot be read.", file=where)
-    if fields.get("refers_digest") != _announcement_digest(base, names):
-        raise StoreCorrupt(f"{where}: what it may refer to was altered.", file=where)
     return base, frozenset(names)
-
-
-def _announcement_digest(base: str | None, refers: list[str]) -> str:
-    return digest_of(json.dumps([base, refers]).encode())
 
 
 def _is_directory(name: object) -> bool:
