@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from arc_dist import Arc
 from arc_dist.checkpoint_store import Store, references
 from arc_dist.checkpoint_store.catalog import Catalog
 from arc_dist.checkpoint_store.format import digest_of
@@ -23,7 +26,7 @@ from arc_dist.checkpoint_store.references import MIN_REFERRED_BYTES, remove_step
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.tiers import Tiers, parse_tiers
 from arc_dist.checkpoint_store.transfer import copy_step
-from arc_dist.errors import StoreCorrupt, StoreError, StoreGone
+from arc_dist.errors import ConfigError, StoreCorrupt, StoreError, StoreGone
 from store_helpers import fsdp_cut, random_tensor, rows, same_bits, save, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -343,6 +346,31 @@ def test_another_tier_replaces_damaged_references(tmp_path: Path) -> None:
     loaded = checkpoint.read([checkpoint.specs()[name] for name in state])
     assert all(same_bits(tensor, state[name]) for name, tensor in zip(state, loaded))
     assert checkpoint.damage and directory(1) in checkpoint.damage[0].what
+
+
+def test_a_missing_hash_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    save_state(store, 1, large_state())
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(ConfigError, match="pip install blake3"):
+        store.open(1)
+    assert Store(FIXTURES / "store-v1").open(5).verify() == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_setting_reaches_the_store(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.Linear(128, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.01)
+    data = [torch.ones(4, 256) for _ in range(20)]
+    arc = Arc(model, optimizer, store=str(tmp_path), dedup=True, checkpoint_every=5, snapshot_every=2)
+    for _ in arc.train(lambda batch: model(batch).square().mean(), data):
+        time.sleep(0.05)  # a save takes place while the training goes on; one at a time
+    manifests = [Store(tmp_path).manifest(info.step) for info in Store(tmp_path).steps()]
+    assert len(manifests) >= 2
+    assert [len(m.refers_to) for m in manifests] == [0] + [1] * (len(manifests) - 1)
+    assert {t.name for t in manifests[-1].tensors for c in t.chunks if c.directory} == {"model.0.weight"}
 
 
 def altered(data: bytes, change: Any, version: int = 2) -> bytes:

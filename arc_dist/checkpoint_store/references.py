@@ -44,7 +44,7 @@ _BLOCK_BYTES = 4 << 20
 # A smaller tensor is written again: a row of the manifest and one more file to open cost as much as its bytes.
 MIN_REFERRED_BYTES = 64 << 10
 _MAX_DIRECTORIES = 256  # that one step may refer to; a bound for `attempt.json` and for the files that a restore opens
-_MAX_BASES = 3  # damaged newest steps that are passed over in the search of one to refer to
+_MAX_LOOKS = 16  # at the newest directories, in the search of a step to refer to; some are attempts, some damaged
 _NUM_READERS = 8
 _POLL_S = 0.1
 _NOTHING = "Nothing was committed."
@@ -106,8 +106,8 @@ def newest_manifest(catalog: Catalog, hint: str | None) -> Manifest | None:
     """What a new attempt is based on: `hint` (what this process wrote last) if it was committed, else the newest."""
     if hint is not None and (manifest := _sound(catalog, hint)) is not None:
         return manifest
-    newest = sorted(catalog.directories(), key=lambda name: (step_of_directory(name) or 0, name), reverse=True)
-    return next((m for name in newest[:_MAX_BASES] if (m := _sound(catalog, name)) is not None), None)
+    newest = sorted(catalog.all_directories(), key=lambda name: (step_of_directory(name) or 0, name), reverse=True)
+    return next((m for name in newest[:_MAX_LOOKS] if (m := _sound(catalog, name)) is not None), None)
 
 
 def places(catalog: Catalog, base: str | None, refers: Iterable[str]) -> dict[_Key, Place]:
