@@ -20,59 +20,18 @@ from arc_dist import Arc
 from arc_dist.checkpoint_store import Store, references
 from arc_dist.checkpoint_store.catalog import Catalog
 from arc_dist.checkpoint_store.format import digest_of
-from arc_dist.checkpoint_store.manifest import Manifest, parse_manifest
+from arc_dist.checkpoint_store.manifest import parse_manifest
 from arc_dist.checkpoint_store.pruning import plan_prune, prune
-from arc_dist.checkpoint_store.references import MIN_REFERRED_BYTES, remove_step
+from arc_dist.checkpoint_store.references import remove_step
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.tiers import Tiers, parse_tiers
 from arc_dist.checkpoint_store.transfer import copy_step
 from arc_dist.errors import ConfigError, StoreCorrupt, StoreError, StoreGone
-from store_helpers import fsdp_cut, random_tensor, rows, same_bits, save, whole
+from dedup_helpers import LARGE, State, commit, large_state, open_store, require_equal, save_state, write
+from store_helpers import fsdp_cut, random_tensor, rows, same_bits, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-State = dict[str, torch.Tensor]
-LARGE = (MIN_REFERRED_BYTES // 4 // 8, 8)  # float32: the least that is referred to
 FIXTURES = Path(__file__).parent / "data"
-
-
-def open_store(root: Path, **options: Any) -> Store:
-    store = Store(root, **{"owner": "o", "dedup": True, **options})
-    store.check_writable()
-    return store
-
-
-def large_state(seed: int = 0, count: int = 3) -> State:
-    return {f"model.{i}": random_tensor(LARGE, seed=seed * 100 + i) for i in range(count)}
-
-
-def write(store: Store, step: int, state: State, world_size: int = 1, *, generation: int = 0) -> list[dict[str, Any]]:
-    """The parts of all ranks, each tensor cut by rows as FSDP2 cuts it."""
-    parts: list[dict[str, Any]] = []
-    for rank in range(world_size):
-        tensors = [rows(n, t, *fsdp_cut(t.shape[0], rank, world_size)) for n, t in state.items()]
-        if world_size == 1:
-            tensors = [whole(n, t) for n, t in state.items()]
-        options: dict[str, Any] = {"tensors": tensors, "objects": {"step": step}}
-        parts.append(store.write_part(step, generation=generation, rank=rank, world_size=world_size, **options))
-    return parts
-
-
-def commit(store: Store, step: int, parts: list[dict[str, Any]], *, generation: int = 0) -> None:
-    store.commit(step, generation, len(parts), dict(enumerate(parts)), {"certified": True})
-
-
-def save_state(store: Store, step: int, state: State, world_size: int = 1) -> Manifest:
-    commit(store, step, write(store, step, state, world_size))
-    return store.manifest(step)
-
-
-def require_equal(store: Store, step: int, state: State) -> None:
-    checkpoint = store.open(step)
-    specs = checkpoint.specs()
-    loaded = checkpoint.read([specs[name] for name in state])
-    assert specs.keys() == state.keys()
-    assert all(same_bits(tensor, state[name]) for name, tensor in zip(state, loaded)), step
-    assert checkpoint.verify() == []
 
 
 def directory(step: int) -> str:
@@ -296,6 +255,9 @@ def test_a_copy_is_whole_and_stock_torch_reads_it(tmp_path: Path, world_size: in
     assert done.committed and done.sent_nbytes > original.nbytes
     assert (copied.version, copied.refers_to) == (1, ())
     assert copied.same_state(original) and not copied.same_content(original)
+    for file in (f.name for f in copied.files if f.kind == "tensors"):  # FORMAT.md, 2.1: the widest first
+        starts = {t.name: c.start for t in copied.tensors for c in t.chunks if c.file == file}
+        assert min(starts, key=lambda name: starts[name]) == "model.1"
     require_equal(target, 2, state)
     loaded = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     reader = HuggingFaceStorageReader(str(tmp_path / "b" / "run" / directory(2)))
