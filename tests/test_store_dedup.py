@@ -22,7 +22,7 @@ from arc_dist.checkpoint_store.catalog import Catalog
 from arc_dist.checkpoint_store.format import digest_of
 from arc_dist.checkpoint_store.manifest import parse_manifest
 from arc_dist.checkpoint_store.pruning import plan_prune, prune
-from arc_dist.checkpoint_store.references import remove_step
+from arc_dist.checkpoint_store.references import protectors, remove_step
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.tiers import Tiers, parse_tiers
 from arc_dist.checkpoint_store.transfer import copy_step
@@ -397,6 +397,56 @@ def test_a_checkpoint_of_format_version_1_with_sha256_is_read(tmp_path: Path) ->
     # A new save beside an old one is not based on it: its digests are of another kind.
     copy_step(store.backend, "run", directory(5), open_store(tmp_path / "b").backend)
     assert save_state(open_store(tmp_path / "b"), 6, large_state()).refers_to == ()
+
+
+class Crash(Exception):
+    pass
+
+
+class Crashing:
+    """A backend on which the process ends before the call of this number."""
+
+    def __init__(self, backend: Any, calls: int) -> None:
+        self.inner, self.left = backend, calls
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.inner, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise Crash
+            return value(*args, **kwargs)
+
+        return call
+
+
+def test_a_removal_that_crashes_anywhere_harms_nothing_that_refers(tmp_path: Path) -> None:
+    state, finished, without = large_state(), False, 0
+    for calls in range(60):
+        root = tmp_path / str(calls)
+        store = open_store(root)
+        save_state(store, 1, state)
+        save_state(store, 2, state)
+        try:
+            assert remove_step(Crashing(store.backend, calls), "run", directory(1)) == [directory(2)]
+            finished = True
+        except Crash:
+            pass
+        require_equal(open_store(root), 2, state)
+        assert protectors(store.backend, "run")[directory(1)] == [directory(2)]
+        # Where the manifest is lost, nothing new refers to the directory; the bytes stay for what refers already.
+        if [info.step for info in store.steps()] == [2]:
+            without += 1
+            assert directory(1) not in save_state(open_store(root), 3, state).refers_to
+            assert store.prune(keep_last=2) == []
+            require_equal(store, 2, state)
+            require_equal(store, 3, state)
+        if finished:
+            break
+    assert finished and without > 2
 
 
 class Turns:
