@@ -194,7 +194,7 @@ class Engine:
         if not self._tiers:
             return None
         owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
-        store = Tiers(self._tiers, run=self._run, owner=owner)
+        store = Tiers(self._tiers, run=self._run, owner=owner, dedup=self.settings.dedup)
         agree(self.voter, store.check_writable, "the store cannot be used")
         if self.rank == 0:
             agree(self.voter, store.take_over, "the store cannot be used")

@@ -26,6 +26,8 @@ class Settings:
         checkpoint_every: updates between two checkpoints in the store; None writes one at the end and when preempted.
         max_bytes_per_s: bound on the rate at which a rank writes checkpoints in the background; None for none.
         save_timeout_s: how long a rank's part of a checkpoint may take to be written to one tier, in seconds.
+        dedup: refer to tensors that did not change since the newest checkpoint instead of writing them again (see
+            `checkpoint_store.Store`).
         policy: budgets of the healing ladder.
         ignore: names of flags that are never raised, such as ("grad_vanishing",).
         loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
@@ -43,6 +45,7 @@ class Settings:
     checkpoint_every: int | None = None
     max_bytes_per_s: float | None = None
     save_timeout_s: float = 600.0
+    dedup: bool = False
     policy: HealingPolicy = dataclasses.field(default_factory=HealingPolicy)
     ignore: tuple[str, ...] = ()
     loss_explosion_sigmas: float = 20.0

@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from arc_dist.checkpoint_store import ShardTensor, Store, TensorSpec
+from arc_dist.checkpoint_store.buffers import as_bytes
 from stats import describe, setting
 
 
@@ -62,7 +63,7 @@ class Bench:
     def raw_write(self) -> None:
         with open(self.directory / "raw", "wb", buffering=0) as file:
             for tensor in self.tensors.values():
-                view = memoryview(tensor.numpy()).cast("B")
+                view = as_bytes(tensor)
                 for begin in range(0, len(view), 4 << 20):
                     file.write(view[begin : begin + (4 << 20)])
             os.fsync(file.fileno())
@@ -78,7 +79,7 @@ class Bench:
         targets = [torch.empty_like(tensor) for tensor in self.tensors.values()]
         with open(self.directory / "raw", "rb", buffering=0) as file:
             for target in targets:
-                file.readinto(memoryview(target.numpy()).cast("B"))
+                file.readinto(as_bytes(target))
 
     def dcp_load(self) -> None:
         dcp.load(
@@ -95,7 +96,7 @@ def compare(title: str, arms: Mapping[str, Callable[[], object]], blocks: int, a
     """Prints seconds of each arm, and the first arm's ratio to each other one."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for block in range(blocks + 1):
-        names = list(arms) if block % 2 else list(reversed(arms))
+        names = list(arms) if block % 2 else list(arms)[::-1]
         for name in names:
             spent = timed(arms[name])
             if block:  # the first turn warms caches and allocators

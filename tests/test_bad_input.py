@@ -120,7 +120,7 @@ def test_a_checkpoint_of_a_newer_format(tmp_path):
     list(Arc(model, adam(model), store=str(tmp_path)).train(lambda b: model(b[0]).square().mean(), loader(), steps=3))
     (manifest,) = tmp_path.glob("run/step-*/manifest.json")
     body = manifest.read_bytes().rpartition(b',\n"manifest_digest"')[0]
-    newer = body.replace(b'"version": 1', b'"version": 2')
+    newer = body.replace(b'"version": 1', b'"version": 3')
     assert newer != body
     digest = hashlib.sha256(newer).hexdigest().encode()
     manifest.write_bytes(newer + b',\n"manifest_digest": "sha256:' + digest + b'"\n}\n')

@@ -361,10 +361,10 @@ def test_a_newer_format_stops_instead_of_starting_afresh(tmp_path: Path) -> None
     save(store, 1)
     path = tmp_path / "run" / "step-00000001" / "manifest.json"
     body = path.read_bytes()[: -len(',\n"manifest_digest": "sha256:"\n}\n') - 64]
-    body = body.replace(b'"version": 1,', b'"version": 2,', 1)
+    body = body.replace(b'"version": 1,', b'"version": 3,', 1)
     path.write_bytes(body + f',\n"manifest_digest": "sha256:{digest_of(body)}"\n}}\n'.encode())
     for action in (store.steps, store.newest, lambda: store.open(1)):
-        with pytest.raises(CheckpointMismatch, match=r"format version 2.*Upgrade arc-dist"):
+        with pytest.raises(CheckpointMismatch, match=r"format version 3.*Upgrade arc-dist"):
             action()
     (info,) = store.steps(include_damaged=True)
     assert info.newer_format

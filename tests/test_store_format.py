@@ -309,7 +309,7 @@ def test_a_manifest_without_one_of_its_fields_is_refused(path: tuple[Any, ...]) 
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 2}, {"version": 99, "files": "something new"}, {"hash": "blake9"}], ids=str
+    "change", [{"version": 3}, {"version": 99, "files": "something new"}, {"hash": "blake9"}], ids=str
 )
 def test_a_newer_format_is_said_to_be_newer(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointMismatch, match="Upgrade arc-dist"):

@@ -16,9 +16,13 @@ pytest.importorskip("moto", reason='moto is not installed: pip install "moto[ser
 
 from arc_dist.checkpoint_store import SaveAborted, Store
 from arc_dist.checkpoint_store.backends import RemoteBackend
+from arc_dist.checkpoint_store.format import step_directory
+from arc_dist.checkpoint_store.references import remove_step
+from arc_dist.checkpoint_store.transfer import copy_step
 from arc_dist.errors import Fenced, StoreCorrupt, StoreDenied, StoreError, StoreGone, StoreTransient
+from dedup_helpers import commit, large_state, require_equal, save_state, write
 from s3_server import moto_server, new_bucket
-from store_helpers import same_bits, save, whole
+from store_helpers import random_tensor, same_bits, save, whole
 
 pytestmark = pytest.mark.slow
 
@@ -172,3 +176,24 @@ def test_no_secret_appears_in_files_or_errors(bucket: str) -> None:
         content = fs.cat_file(f"{bucket}/{key}")
         assert b"FakeSecret" not in content
         assert b"FakeAccessKeyId" not in content
+
+
+def test_references_are_kept_resolved_and_removed(bucket: str) -> None:
+    store, state = Store(bucket, owner="o", dedup=True), large_state()
+    store.check_writable()
+    for step in range(1, 4):
+        save_state(store, step, {**state, "model.0": random_tensor((4096, 8), seed=step)})
+    assert store.manifest(3).refers_to == (step_directory(1),)
+    assert store.prune(keep_last=2) == []  # of the three, the oldest is referred to
+    parts = write(store, 4, state)
+    assert remove_step(store.backend, "run", step_directory(1)) == [step_directory(n) for n in (2, 3, 4)]
+    commit(store, 4, parts)
+    require_equal(store, 4, state)
+    copied = Store(f"{bucket}/copy")
+    copy_step(store.backend, "run", step_directory(4), copied.backend)
+    assert copied.manifest(4).refers_to == ()
+    for step in (5, 6):
+        save_state(store, step, large_state(seed=step))
+    assert store.prune(keep_last=2) == [2, 3, 4, 1]
+    require_equal(copied, 4, state)
+    require_equal(store, 6, large_state(seed=6))

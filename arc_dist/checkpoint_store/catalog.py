@@ -39,6 +39,8 @@ class StepInfo:
         newer_format: the problem is that this version is too old to read it.
         pinned: why someone wants the step kept; None when nobody does.
         quarantined: why it must not be restored by itself; None when it may.
+        refers_to: directories of other steps that hold bytes of this one, which `nbytes` does not count.
+        referred_nbytes: how many.
         metrics: the finite numbers in its metadata, and in the ``metrics`` there, by name.
     """
 
@@ -54,6 +56,8 @@ class StepInfo:
     newer_format: bool = False
     pinned: str | None = None
     quarantined: str | None = None
+    refers_to: tuple[str, ...] = ()
+    referred_nbytes: int = 0
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
 
@@ -67,14 +71,23 @@ class Catalog:
 
     def directories(self) -> list[str]:
         """Names of the directories that hold a manifest, sound or not. One listing, and one look per directory."""
+        names = self.all_directories()
+        return [name for name in names if self._backend.exists(f"{self._run}/{name}/{MANIFEST_NAME}")]
+
+    def all_directories(self) -> list[str]:
+        """Names of the directories of steps, attempts and what is left of removed steps included."""
         try:
             entries = self._backend.list(self._run)
         except StoreGone as error:
             if is_missing(error) and self._backend.exists(""):
                 return []  # a run that has not begun
             raise
-        names = [e.name for e in entries if e.is_directory and step_of_directory(e.name) is not None]
-        return sorted(name for name in names if self._backend.exists(f"{self._run}/{name}/{MANIFEST_NAME}"))
+        return sorted(e.name for e in entries if e.is_directory and step_of_directory(e.name) is not None)
+
+    def file_nbytes(self, directory: str, name: str) -> int:
+        """The size of a file of a step; StoreGone when it is not there."""
+        with contextlib.closing(self._backend.open(f"{self._run}/{directory}/{name}")) as source:
+            return source.nbytes
 
     def manifest(self, directory: str) -> Manifest:
         """The verified manifest in a directory."""
@@ -103,6 +116,8 @@ class Catalog:
             committed_at=m.committed_at,
             nbytes=m.nbytes,
             num_tensors=len(m.tensors),
+            refers_to=m.refers_to,
+            referred_nbytes=sum(chunk.nbytes for chunk in m.referred),
             metrics=metrics_of(m.meta),
         )
 
@@ -173,7 +188,10 @@ class Catalog:
         return Checkpoint(self._backend, f"{self._run}/{manifest.directory}", manifest)
 
     def delete(self, directory: str) -> None:
-        """Removes a step: the manifest first, durably, so that a half-removed step is no checkpoint."""
+        """Removes a step: the manifest first, durably, so that a half-removed step is no checkpoint.
+
+        Only for what nothing refers to: see `references.remove_step`.
+        """
         with contextlib.suppress(StoreGone):  # another process removes it too, and was faster
             self._delete(f"{self._run}/{directory}")
         self._backend.sync_directory(self._run)

@@ -206,6 +206,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         )
     }
     fields["nbytes"] = manifest.nbytes
+    fields["refers_to"] = list(manifest.refers_to)
     fields["versions"] = dict(manifest.versions)
     fields["hosts"] = dict(manifest.hosts)
     fields["meta"] = dict(manifest.meta)
@@ -222,7 +223,7 @@ def _verify_one(run: Run, info: StepInfo, *, quiet: bool) -> list[Problem]:
         return [Problem(f"{path}/{MANIFEST_NAME}", error.message)]
     if quiet:
         return checkpoint.verify()
-    with Progress(path, info.nbytes) as progress:
+    with Progress(path, info.nbytes + info.referred_nbytes) as progress:
         return checkpoint.verify(progress)
 
 

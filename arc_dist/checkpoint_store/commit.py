@@ -18,6 +18,7 @@ from arc_dist.checkpoint_store.manifest import (
     coverage_problem,
     fields_of,
     file_entry,
+    references_problem,
     segments_problem,
     tensor_head,
 )
@@ -55,7 +56,8 @@ def build_manifest(
             f"written by nobody. Build the same model on every rank. {_NOTHING}"
         )
     files = [file_entry(row) for part in ordered for row in part.rows("files")]
-    files.append(FileEntry(name=ATTEMPT_NAME, kind="attempt", rank=0, nbytes=len(attempt), digest=digest_of(attempt)))
+    digest = digest_of(attempt, first.text("hash"))
+    files.append(FileEntry(name=ATTEMPT_NAME, kind="attempt", rank=0, nbytes=len(attempt), digest=digest))
     manifest = Manifest(
         step=first.integer("step"),
         generation=first.integer("generation"),
@@ -72,7 +74,7 @@ def build_manifest(
         hosts={str(part.integer("rank")): part.text("host") for part in ordered},
         parent=parent,
     )
-    problem = segments_problem({file.name: file for file in files}, manifest.tensors)
+    problem = segments_problem({file.name: file for file in files}, manifest.tensors) or references_problem(manifest)
     if problem:
         raise StoreError(f"{where}: {problem}. {_NOTHING}")
     return manifest

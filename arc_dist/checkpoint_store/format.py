@@ -20,10 +20,11 @@ import torch
 from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt
 
 FORMAT_NAME = "arc-dist-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; a manifest says 2 only when it needs what 1 had no word for
+PLAIN_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 ATTEMPT_NAME = "attempt.json"
-DEFAULT_HASH = "sha256"
+DEFAULT_HASH = "blake3"  # collision-resistant as SHA-256 is, at two to three times its speed (benchmarks/bench_hash.py)
 
 # A limit on everything that is read before it is verified.
 MAX_MANIFEST_BYTES = 256 << 20
@@ -63,12 +64,26 @@ _DTYPES: dict[str, tuple[str, int]] = {
 class Hasher(Protocol):
     """The part of a hashlib object that is used."""
 
-    def update(self, data: Any, /) -> None: ...
+    def update(self, data: Any, /) -> object: ...
 
     def hexdigest(self) -> str: ...
 
 
-_HASHES: dict[str, Callable[[], Hasher]] = {"sha256": hashlib.sha256, "blake2b": hashlib.blake2b}
+def _blake3() -> Hasher:
+    try:
+        from blake3 import blake3
+    except ImportError as error:
+        raise ConfigError(
+            "checkpoints are hashed with BLAKE3, and its package is missing: pip install blake3"
+        ) from error
+    return blake3()
+
+
+_HASHES: dict[str, Callable[[], Hasher]] = {
+    "blake3": _blake3,
+    "sha256": hashlib.sha256,
+    "blake2b": hashlib.blake2b,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,8 +189,8 @@ def new_hash(name: str) -> Hasher:
     return maker()
 
 
-def digest_of(data: bytes | memoryview, algorithm: str = DEFAULT_HASH) -> str:
-    """Hex digest of one piece of bytes."""
+def digest_of(data: bytes | memoryview, algorithm: str = "sha256") -> str:
+    """Hex digest of one piece of bytes; SHA-256 where no manifest names another algorithm."""
     hasher = new_hash(algorithm)
     hasher.update(data)
     return hasher.hexdigest()

@@ -13,12 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from arc_dist.checkpoint_store.fields import MAX_INT, REMEDY, Fields, fields_of
 from arc_dist.checkpoint_store.format import (
     ATTEMPT_NAME,
     FORMAT_NAME,
     FORMAT_VERSION,
-    MAX_DIMS,
     MAX_HEADER_BYTES,
+    PLAIN_VERSION,
     TensorSpec,
     digest_of,
     is_file_name,
@@ -34,8 +35,6 @@ from arc_dist.errors import CheckpointMismatch, StoreCorrupt
 
 _TAIL = re.compile(rb',\n"manifest_digest": "sha256:([0-9a-f]{64})"\n}\n\Z')
 _TAIL_BYTES = len(b',\n"manifest_digest": "sha256:"\n}\n') + 64
-_HEX = re.compile(r"[0-9a-f]{32,128}")
-_MAX_INT = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,12 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A saved part of a tensor: where it lies in the tensor, and where its bytes lie."""
+    """A saved part of a tensor: where it lies in the tensor, and where its bytes lie.
+
+    Attributes:
+        directory: the directory of the same run whose file has the bytes, when it is another step's; None: this step's.
+        rank: of a chunk in another directory: the rank that holds this part. Otherwise the file tells.
+    """
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -67,6 +71,8 @@ class Chunk:
     start: int
     nbytes: int
     digest: str
+    directory: str | None = None
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +110,37 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files, the manifest apart."""
+        """Bytes of all files of its own, the manifest apart."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def referred(self) -> tuple[Chunk, ...]:
+        """The parts of tensors whose bytes lie in directories of other steps."""
+        return tuple(c for tensor in self.tensors for c in tensor.chunks if c.directory is not None)
+
+    @property
+    def refers_to(self) -> tuple[str, ...]:
+        """The directories of other steps that hold bytes of this one."""
+        return tuple(sorted({c.directory for c in self.referred if c.directory is not None}))
+
+    @property
+    def version(self) -> int:
+        """Of the format that this manifest needs: what has no reference can be read by older programs."""
+        return FORMAT_VERSION if self.referred else PLAIN_VERSION
 
     def same_content(self, other: Manifest) -> bool:
         """Whether both commit the same attempt with the same bytes (a commit that was sent twice)."""
         keys = ("step", "generation", "owner", "world_size", "directory", "hash", "files", "tensors")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
+    def same_state(self, other: Manifest) -> bool:
+        """Whether both hold the same commit's state, wherever the bytes lie (a copy has no references any more)."""
+        keys = ("step", "generation", "owner", "world_size", "directory", "hash")
+        return all(getattr(self, key) == getattr(other, key) for key in keys) and _state(self) == _state(other)
+
     def to_bytes(self) -> bytes:
         """The file's content, closed by the line with its digest."""
-        head: dict[str, Any] = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
+        head: dict[str, Any] = {"format": FORMAT_NAME, "version": self.version}
         head.update({k: getattr(self, k) for k in _SCALARS})
         head.update({"parent": self.parent, "versions": dict(self.versions), "hosts": dict(self.hosts)})
         head["meta"] = dict(self.meta)
@@ -143,12 +169,12 @@ def parse_manifest(data: bytes, where: str, directory: str) -> Manifest:
     """
     tail = _TAIL.search(data[-_TAIL_BYTES:])
     if tail is None:
-        raise StoreCorrupt(f"{where}: does not end with its digest: torn or altered. {_REMEDY}", file=where)
+        raise StoreCorrupt(f"{where}: does not end with its digest: torn or altered. {REMEDY}", file=where)
     if digest_of(memoryview(data)[:-_TAIL_BYTES]) != tail.group(1).decode():
-        raise StoreCorrupt(f"{where}: its bytes differ from its digest. {_REMEDY}", file=where)
+        raise StoreCorrupt(f"{where}: its bytes differ from its digest. {REMEDY}", file=where)
     fields = parse_json(data, where)
     if not isinstance(fields, dict) or cast("dict[str, Any]", fields).get("format") != FORMAT_NAME:
-        raise StoreCorrupt(f"{where}: not a manifest of a checkpoint. {_REMEDY}", file=where)
+        raise StoreCorrupt(f"{where}: not a manifest of a checkpoint. {REMEDY}", file=where)
     checked = Fields(cast("dict[str, Any]", fields), where)
     version = checked.integer("version")
     if version > FORMAT_VERSION:
@@ -163,74 +189,20 @@ def parse_manifest(data: bytes, where: str, directory: str) -> Manifest:
     if manifest.directory != directory or step_of_directory(directory) != manifest.step:
         raise StoreCorrupt(
             f"{where}: it is the manifest of step {manifest.step} in {manifest.directory}, not of {directory}. "
-            f"{_REMEDY}",
+            f"{REMEDY}",
             file=where,
         )
     _check_files(manifest, where)
+    if version < manifest.version:
+        raise StoreCorrupt(f"{where}: refers to other steps, which version {version} cannot. {REMEDY}", file=where)
     return manifest
-
-
-_REMEDY = "Restore an older step, or this one from a copy."
-
-
-class Fields:
-    """Typed access to the fields of a JSON object; each refusal names the place."""
-
-    def __init__(self, fields: dict[str, Any], where: str) -> None:
-        self.fields = fields
-        self.where = where
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.fields.get(key, default)
-        if type(value) is not int or not 0 <= value < _MAX_INT:
-            raise self.wrong(key, value)
-        return value
-
-    def text(self, key: str) -> str:
-        value = self.fields.get(key)
-        if not isinstance(value, str):
-            raise self.wrong(key, value)
-        return value
-
-    def digest(self, key: str) -> str:
-        value = self.text(key)
-        if not _HEX.fullmatch(value):
-            raise self.wrong(key, value)
-        return value
-
-    def dims(self, key: str) -> tuple[int, ...]:
-        value = self.fields.get(key)
-        items = cast("list[Any]", value) if isinstance(value, list) else None
-        if items is None or len(items) > MAX_DIMS or not all(type(n) is int and 0 <= n < _MAX_INT for n in items):
-            raise self.wrong(key, cast("object", value))
-        return tuple(cast("list[int]", items))
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        value = self.fields.get(key)
-        if not isinstance(value, dict):
-            raise self.wrong(key, value)
-        return cast("dict[str, Any]", value)
-
-    def rows(self, key: str) -> list[Fields]:
-        value = self.fields.get(key)
-        if not isinstance(value, list):
-            raise self.wrong(key, value)
-        return [self.inner(row, f"{key}[{i}]") for i, row in enumerate(cast("list[Any]", value))]
-
-    def inner(self, value: object, name: str) -> Fields:
-        if not isinstance(value, dict):
-            raise self.wrong(name, value)
-        return Fields(cast("dict[str, Any]", value), f"{self.where}: {name}")
-
-    def wrong(self, key: str, value: object) -> StoreCorrupt:
-        return StoreCorrupt(f"{self.where}: {key} is {str(value)[:100]!r}, which cannot be. {_REMEDY}", file=self.where)
 
 
 def _manifest(fields: Fields) -> Manifest:
     committed_at = fields.fields.get("committed_at")
     certified = fields.fields.get("certified")
     parent = fields.fields.get("parent")
-    if type(committed_at) not in (int, float) or not -_MAX_INT < cast("float", committed_at) < _MAX_INT:
+    if type(committed_at) not in (int, float) or not -MAX_INT < cast("float", committed_at) < MAX_INT:
         raise fields.wrong("committed_at", committed_at)
     if not isinstance(certified, bool):
         raise fields.wrong("certified", certified)
@@ -285,7 +257,15 @@ def chunk_entry(fields: Fields, dtype: str, shape: tuple[int, ...]) -> Chunk:
         start=fields.integer("start"),
         nbytes=fields.integer("nbytes"),
         digest=fields.digest("digest"),
+        directory=None if "directory" not in fields.fields else fields.text("directory"),
+        rank=None if "directory" not in fields.fields else fields.integer("rank"),
     )
+    if chunk.directory is not None:
+        # The patterns leave no room for a path separator or a dot-dot: nothing outside the run can be named.
+        if step_of_directory(chunk.directory) is None:
+            raise fields.wrong("directory", chunk.directory)
+        if not is_file_name(chunk.file) or not chunk.file.endswith(".safetensors"):
+            raise fields.wrong("file", chunk.file)
     if not len(shape) == len(chunk.offsets) == len(chunk.shape):
         raise fields.wrong("offsets", chunk.offsets)
     if any(o + n > g for o, n, g in zip(chunk.offsets, chunk.shape, shape, strict=True)):
@@ -302,7 +282,7 @@ def tensor_head(fields: Fields) -> tuple[str, tuple[int, ...]]:
         raise CheckpointMismatch(f"{fields.where}: dtype {dtype[:40]!r} is not known here. Upgrade arc-dist.")
     shape = fields.dims("global_shape")
     # A tensor without elements may have other dimensions that no tensor library can multiply.
-    if math.prod(max(1, n) for n in shape) * itemsize(dtype) >= _MAX_INT:
+    if math.prod(max(1, n) for n in shape) * itemsize(dtype) >= MAX_INT:
         raise fields.wrong("global_shape", shape)
     return dtype, shape
 
@@ -314,7 +294,7 @@ def _tensor_entry(name: str, row: object, fields: Fields) -> TensorEntry:
     entry = TensorEntry(name=name, dtype=dtype, shape=shape, chunks=chunks)
     problem = coverage_problem(entry)
     if problem:
-        raise StoreCorrupt(f"{inner.where}: {problem}. {_REMEDY}", file=fields.where, tensor=name)
+        raise StoreCorrupt(f"{inner.where}: {problem}. {REMEDY}", file=fields.where, tensor=name)
     return entry
 
 
@@ -334,14 +314,14 @@ def _check_files(manifest: Manifest, where: str) -> None:
     """Every rank has its files, and in a file of tensors every byte belongs to the header or to one tensor."""
     files = {file.name: file for file in manifest.files}
     if len(files) != len(manifest.files):
-        raise StoreCorrupt(f"{where}: names a file twice. {_REMEDY}", file=where)
+        raise StoreCorrupt(f"{where}: names a file twice. {REMEDY}", file=where)
     ranks = {kind: {f.rank for f in manifest.files if f.kind == kind} for kind in ("tensors", "objects")}
     world_size = manifest.world_size  # compared by number first: it may be a lie of any size
     if any(len(found) != world_size or found != set(range(world_size)) for found in ranks.values()):
-        raise StoreCorrupt(f"{where}: does not name the files of {manifest.world_size} ranks. {_REMEDY}", file=where)
-    problem = segments_problem(files, manifest.tensors)
+        raise StoreCorrupt(f"{where}: does not name the files of {manifest.world_size} ranks. {REMEDY}", file=where)
+    problem = segments_problem(files, manifest.tensors) or references_problem(manifest)
     if problem:
-        raise StoreCorrupt(f"{where}: {problem}. {_REMEDY}", file=where)
+        raise StoreCorrupt(f"{where}: {problem}. {REMEDY}", file=where)
 
 
 def segments_problem(files: Mapping[str, FileEntry], tensors: Sequence[TensorEntry]) -> str | None:
@@ -349,6 +329,8 @@ def segments_problem(files: Mapping[str, FileEntry], tensors: Sequence[TensorEnt
     segments: dict[str, list[tuple[int, int]]] = {f.name: [] for f in files.values() if f.kind == "tensors"}
     for tensor in tensors:
         for chunk in tensor.chunks:
+            if chunk.directory is not None:
+                continue
             if chunk.file not in segments:
                 return f"tensor {tensor.name[:200]} lies in {chunk.file[:200]!r}, which is not one of its files"
             segments[chunk.file].append((chunk.start, chunk.nbytes))
@@ -365,13 +347,25 @@ def segments_problem(files: Mapping[str, FileEntry], tensors: Sequence[TensorEnt
     return None
 
 
-def fields_of(value: object, where: str) -> Fields:
-    """Typed access to a JSON object from outside."""
-    return Fields({}, where).inner(value, "content")
+def references_problem(manifest: Manifest) -> str | None:
+    """What is wrong with the references as such; whether the bytes are there is not looked at."""
+    for chunk in manifest.referred:
+        if chunk.directory == manifest.directory:
+            return f"{chunk.file}: refers to its own directory"
+        if chunk.rank is None or chunk.rank >= manifest.world_size:
+            return f"{chunk.directory}/{chunk.file}: referred to by rank {chunk.rank} of {manifest.world_size}"
+    return None
+
+
+def _state(manifest: Manifest) -> tuple[object, ...]:
+    tensors = [
+        (t.name, t.dtype, t.shape, sorted({(c.offsets, c.shape, c.digest) for c in t.chunks})) for t in manifest.tensors
+    ]
+    return tensors, sorted((f.name, f.digest) for f in manifest.files if f.kind != "tensors")
 
 
 def _tensor_row(tensor: TensorEntry) -> dict[str, Any]:
-    chunks = [{**dataclasses.asdict(c), "offsets": list(c.offsets), "shape": list(c.shape)} for c in tensor.chunks]
+    chunks = [{k: v for k, v in dataclasses.asdict(c).items() if v is not None} for c in tensor.chunks]
     return {"dtype": tensor.dtype, "global_shape": list(tensor.shape), "chunks": chunks}
 
 
@@ -390,6 +384,7 @@ __all__ = [
     "fields_of",
     "file_entry",
     "parse_manifest",
+    "references_problem",
     "segments_problem",
     "tensor_head",
 ]

@@ -14,6 +14,8 @@ therefore first takes the name of the manifest, with a tombstone, by the same ex
 of the two wins. If the commit wins, the directory is a checkpoint and stays. If the tombstone does, the commit finds
 the name taken, and the save fails as one that was overtaken.
 
+What a step or an attempt refers to is never an orphan, whatever it lacks (see `references`).
+
 A copy that was killed and taken up again may leave drafts (`.*.tmp`) in a directory that is a checkpoint now. Nobody
 writes to such a directory any more, so drafts there that are older than the grace period go too.
 """
@@ -40,6 +42,7 @@ from arc_dist.checkpoint_store.format import (
     parse_json,
     step_of_directory,
 )
+from arc_dist.checkpoint_store.references import protectors
 from arc_dist.errors import ConfigError, StoreCorrupt, StoreGone
 
 DEFAULT_GRACE_S = 86400.0
@@ -105,7 +108,12 @@ def find_orphans(
     at = time.time() if now is None else now
     marks = pins.read_marks(backend, run)
     found: list[Orphan] = []
-    for directory in _without_manifest(backend, run):
+    without = _without_manifest(backend, run)
+    # A removal that crashed leaves files without a manifest, and a step may refer to them all the same.
+    referred = protectors(backend, run) if without else {}
+    for directory in without:
+        if directory in referred:
+            continue
         with contextlib.suppress(StoreGone):  # removed or renamed meanwhile: no orphan
             found.append(_examine(backend, run, directory, marks, grace_s, owner, at))
     if isinstance(backend, LocalBackend):  # elsewhere an unfinished upload has no name

@@ -2,7 +2,7 @@
 
 Who removes must not act on old news. A step that is pinned, or newer ones that are put in quarantine, between the
 decision and the removal would change the decision, so the marks are looked at again before each removal, and
-everything is decided anew when they have changed.
+everything is decided anew when they have changed. A step that others refer to is kept, whatever the policy says.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from arc_dist.checkpoint_store import pins
 from arc_dist.checkpoint_store.backends import Backend
 from arc_dist.checkpoint_store.catalog import Catalog, StepInfo, preference
+from arc_dist.checkpoint_store.references import protectors, remove_step
 from arc_dist.checkpoint_store.retention import Retention, StepFacts, decide
 from arc_dist.errors import StoreError, StoreGone
 
@@ -31,6 +32,7 @@ class Planned:
         kept: False when it is, or was, removed.
         why: the reason.
         directories: its commits; those of a removed step all go. A damaged commit is a row of its own.
+        refers_to: directories of other steps that hold bytes of it.
         nbytes: of all its commits.
     """
 
@@ -39,6 +41,7 @@ class Planned:
     why: str
     directories: tuple[str, ...]
     nbytes: int
+    refers_to: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +77,13 @@ def plan_prune(backend: Backend, run: str, policy: Retention, now: float) -> Pla
             why=decision.why,
             directories=tuple(sorted(info.directory for info in sound[step])),
             nbytes=sum(info.nbytes for info in sound[step]),
+            refers_to=tuple(sorted({name for info in sound[step] for name in info.refers_to})),
         )
         for step, decision in decisions.items()
     ]
+    listed = {directory for row in rows for directory in row.directories}
+    others = protectors(backend, run, set(Catalog(backend, run).all_directories()) - listed)
+    rows = keep_referred(rows, others)
     rows += [
         Planned(
             step=i.step, kept=True, why=f"left for you to look at: {i.problem}", directories=(i.directory,), nbytes=0
@@ -85,6 +92,44 @@ def plan_prune(backend: Backend, run: str, policy: Retention, now: float) -> Pla
         if i.problem is not None
     ]
     return Plan(rows=_sorted(rows), marks_number=marks.number)
+
+
+def keep_referred(rows: Sequence[Planned], others: Mapping[str, Sequence[str]]) -> list[Planned]:
+    """Keeps what kept steps refer to, whatever the policy says of it. Pure.
+
+    Such a step stays a checkpoint, so what it refers to itself stays too.
+
+    Args:
+        rows: the policy's decisions.
+        others: what else refers to directories (attempts, damaged steps): ``{directory: [who]}``.
+    """
+    result = list(rows)
+    needed = {directory: f"{who[0]} may refer to it" for directory, who in others.items() if who}
+    for _ in range(len(result) + 1):  # each round keeps one more step at least
+        for row in result:
+            if row.kept:
+                needed.update({d: f"step {row.step} refers to it" for d in row.refers_to if d not in needed})
+        wanted = [(i, d) for i, row in enumerate(result) if not row.kept for d in row.directories if d in needed]
+        if not wanted:
+            break
+        for index, directory in wanted:
+            result[index] = dataclasses.replace(result[index], kept=True, why=needed[directory])
+    return result
+
+
+def removal_order(rows: Sequence[Planned]) -> list[Planned]:
+    """The oldest first, but what refers to a step before that step. Pure.
+
+    What refers is removed first because the other would have to be kept otherwise.
+    """
+    left = sorted(rows, key=lambda row: row.step)
+    ordered: list[Planned] = []
+    while left:
+        needed = {name for row in left for name in row.refers_to if name not in row.directories}
+        free = [row for row in left if not needed.intersection(row.directories)] or left  # a circle cannot be
+        ordered += free
+        left = [row for row in left if row not in free]
+    return ordered
 
 
 def prune(
@@ -101,10 +146,9 @@ def prune(
         StoreError: see `arc_dist.errors`. Each step is removed whole or, after a crash, no longer a checkpoint.
     """
     removed: list[Planned] = []
-    catalog = Catalog(backend, run)
     for _ in range(_MAX_DECISIONS):
         plan = plan_prune(backend, run, policy, clock())
-        if _remove(backend, run, catalog, plan, removed):
+        if _remove(backend, run, plan, removed):
             _forget(backend, run, removed)
             rows = [*removed, *(row for row in plan.rows if row.kept)]
             return Plan(rows=_sorted(rows), marks_number=plan.marks_number)
@@ -177,13 +221,14 @@ def _facts(commits: list[StepInfo]) -> StepFacts:
     )
 
 
-def _remove(backend: Backend, run: str, catalog: Catalog, plan: Plan, removed: list[Planned]) -> bool:
+def _remove(backend: Backend, run: str, plan: Plan, removed: list[Planned]) -> bool:
     """Removes what a plan says; False when the marks have changed since and it must be made anew."""
-    for row in plan.removed:
+    for row in removal_order(plan.removed):
         if pins.read_marks(backend, run).number != plan.marks_number:
             return False
-        for directory in row.directories:
-            catalog.delete(directory)
+        referring = [name for directory in row.directories for name in remove_step(backend, run, directory)]
+        if referring:
+            continue  # a save that began since the plan was made refers to it; remove_step has said so
         _log.info("removed step %d of %s/%s: %s", row.step, backend.url, run, row.why)
         removed.append(row)
     return True

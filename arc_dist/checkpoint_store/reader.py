@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from arc_dist.errors import ArcError, CheckpointMismatch, ConfigError, StoreCorr
 _BLOCK_BYTES = 4 << 20
 _RETRIES = Retries(attempts=4)
 _Result = TypeVar("_Result")
+_Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes of a part of a tensor
 _MAX_LISTED = 20  # names in an error message
 _REMEDY = "Restore an older step, or this one from a copy."
 
@@ -100,7 +100,7 @@ class Checkpoint:
             TensorSpec(t.name, t.dtype, chunk.shape, t.shape, chunk.offsets)
             for t in self.manifest.tensors
             for chunk in t.chunks
-            if chunk.file in file_names
+            if (chunk.rank == rank if chunk.directory is not None else chunk.file in file_names)
         ]
 
     def objects(self, rank: int) -> dict[str, Any]:
@@ -134,30 +134,55 @@ class Checkpoint:
         with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
             files = {copy: stack.enter_context(_OpenFiles(copy)) for copy in (self, *self._copies)}
             for spec in specs:
-                _require_files(list(files.values()), self._tensors[spec.name], spec)
+                self._require_files(files, spec)
             results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
             jobs = [
-                pool.submit(self._read_box, files, self._tensors[spec.name], copies, spec, result)
+                pool.submit(self._read_box, files, spec, box, result)
                 for spec, result in zip(specs, results, strict=True)
-                for copies in _boxes(self._tensors[spec.name]).values()
+                for box in _boxes(self._tensors[spec.name])
             ]
             _finish(jobs)
         return results
 
+    def _require_files(self, files: Mapping[Checkpoint, _OpenFiles], spec: TensorSpec) -> None:
+        """Opens what `spec` needs, so that sizes are known to be true before memory is allocated for them.
+
+        Raises:
+            StoreError: a part of which no copy's file has the size and the head that the manifest says.
+        """
+        for box in _boxes(self._tensors[spec.name]):
+            if intersect(*box, spec.offsets, spec.shape) is None:
+                continue
+            failures: list[StoreError] = []
+            for copy, opened in files.items():
+                for chunk in _boxes(copy._tensors[spec.name])[box]:
+                    try:
+                        retrying(lambda o=opened, c=chunk: o.of(c), _RETRIES)
+                    except StoreError as error:
+                        failures.append(error)
+                    else:
+                        break
+                else:
+                    continue
+                break
+            else:
+                raise failures[0]
+
     def _read_box(
         self,
         files: Mapping[Checkpoint, _OpenFiles],
-        tensor: TensorEntry,
-        chunks: list[Chunk],
         spec: TensorSpec,
+        box: _Box,
         result: torch.Tensor,
     ) -> None:
         """Copies what a saved part and the wanted part share into `result`, from the first place that is sound."""
-        common = intersect(chunks[0].offsets, chunks[0].shape, spec.offsets, spec.shape)
+        common = intersect(*box, spec.offsets, spec.shape)
         if common is None:
             return
 
         def read(copy: Checkpoint) -> None:
+            tensor = copy._tensors[spec.name]
+            chunks = _boxes(tensor)[box]  # equal in every copy, but not always in the same file
             for index, chunk in enumerate(chunks):
                 try:
                     retrying(lambda c=chunk: _read_chunk(files[copy], tensor, c, spec, result, *common), _RETRIES)
@@ -167,7 +192,7 @@ class Checkpoint:
                 else:
                     return
 
-        self._from_any_copy(read, (tensor.name,))
+        self._from_any_copy(read, (spec.name,))
 
     def _from_any_copy(self, read: Callable[[Checkpoint], _Result], tensors: tuple[str, ...]) -> _Result:
         """What `read` makes of the first copy that it does not fail on; the first copy's error when all fail."""
@@ -246,7 +271,7 @@ class Checkpoint:
             )
 
     def verify(self, progress: Callable[[int], None] | None = None) -> list[Problem]:
-        """Reads every byte of every file and compares it with the manifest.
+        """Reads every byte of every file, and those of other steps that this one refers to; compares with the manifest.
 
         Args:
             progress: called with the number of bytes done since the last call, from several threads.
@@ -256,6 +281,7 @@ class Checkpoint:
         """
         with concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
             jobs = [pool.submit(self._verify_file, entry, progress) for entry in self.manifest.files]
+            jobs += [pool.submit(self._verify_referred, directory, progress) for directory in self.manifest.refers_to]
             problems = [problem for job in jobs for problem in job.result()]
         strangers = sorted(
             entry.name
@@ -269,7 +295,7 @@ class Checkpoint:
 
     def _verify_file(self, entry: FileEntry, progress: Callable[[int], None] | None) -> list[Problem]:
         path = f"{self.path}/{entry.name}"
-        inside = [(t, c) for t in self.manifest.tensors for c in t.chunks if c.file == entry.name]
+        inside = [(t, c) for t in self.manifest.tensors for c in t.chunks if _is_in(c, entry.name)]
         all_names = tuple(sorted({t.name for t, _ in inside}))
         problems: list[Problem] = []
         try:
@@ -280,13 +306,31 @@ class Checkpoint:
                     self._compare_header(entry, header)
                 damaged: list[str] = []
                 for tensor, chunk in sorted(inside, key=lambda item: item[1].start):
-                    if _digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
+                    if digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
                         damaged.append(tensor.name)
                     _advance(progress, chunk.nbytes)
                 if damaged:
                     problems.append(Problem(path, "bytes differ from the manifest", tuple(sorted(set(damaged)))))
         except StoreError as error:
             problems.append(Problem(path, error.message, all_names))
+        return problems
+
+    def _verify_referred(self, directory: str, progress: Callable[[int], None] | None) -> list[Problem]:
+        """What another step holds for this one; whether that step is whole otherwise is not this one's concern."""
+        problems: list[Problem] = []
+        with _OpenFiles(self) as files:
+            for tensor in self.manifest.tensors:
+                for chunk in tensor.chunks:
+                    if chunk.directory != directory:
+                        continue
+                    path = f"{self._beside(directory)}/{chunk.file}"
+                    try:
+                        source, _ = files.of(chunk)
+                        if digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
+                            problems.append(Problem(path, "bytes differ from the manifest", (tensor.name,)))
+                    except StoreError as error:
+                        problems.append(Problem(path, error.message, (tensor.name,)))
+                    _advance(progress, chunk.nbytes)
         return problems
 
     def _compare_header(self, entry: FileEntry, header: bytes) -> None:
@@ -298,7 +342,7 @@ class Checkpoint:
             (t.name, t.dtype, c.shape, c.offsets, c.start)
             for t in self.manifest.tensors
             for c in t.chunks
-            if c.file == entry.name
+            if _is_in(c, entry.name)
         }
         if said != meant:
             raise StoreCorrupt(f"{self._where(entry.name)}: its header and the manifest differ. {_REMEDY}")
@@ -337,9 +381,30 @@ class Checkpoint:
             source.close()
             raise
 
-    def corrupt(self, tensor: str, file: str) -> StoreCorrupt:
+    def open_referred(self, chunk: Chunk) -> tuple[Source, bytes]:
+        """Opens the file of another step that has a chunk of this one; the chunk's digest is what vouches for it.
+
+        Raises:
+            StoreGone, StoreCorrupt: it is missing, or too short.
+        """
+        path = f"{self._beside(chunk.directory or '')}/{chunk.file}"
+        source = self._backend.open(path)
+        if source.nbytes < chunk.start + chunk.nbytes:
+            nbytes = source.nbytes
+            source.close()
+            where = f"{self._backend.url.rstrip('/')}/{path}"
+            raise StoreCorrupt(f"{where}: {nbytes} bytes, step {self.step} needs more of it. {_REMEDY}", file=where)
+        return source, b""
+
+    def _beside(self, directory: str) -> str:
+        """The path of another directory of the same run."""
+        return "/".join([*self.path.split("/")[:-1], directory])
+
+    def corrupt(self, tensor: str, chunk: Chunk) -> StoreCorrupt:
         """The error of a tensor whose bytes differ."""
-        where = self._where(file)
+        where = self._where(chunk.file)
+        if chunk.directory is not None:
+            where = f"{self._backend.url.rstrip('/')}/{self._beside(chunk.directory)}/{chunk.file}"
         return StoreCorrupt(
             f"{where}: the bytes of tensor {tensor} differ from the manifest's digest. {_REMEDY}",
             file=where,
@@ -353,7 +418,7 @@ class _OpenFiles:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._lock = threading.Lock()
-        self._open: dict[str, tuple[Source, bytes] | ArcError] = {}
+        self._open: dict[tuple[str | None, str], tuple[Source, bytes] | ArcError] = {}
 
     def __enter__(self) -> _OpenFiles:
         return self
@@ -364,48 +429,41 @@ class _OpenFiles:
                 opened[0].close()
 
     def get(self, name: str) -> tuple[Source, bytes]:
+        return self._get((None, name), lambda: self.checkpoint.open_file(name))
+
+    def of(self, chunk: Chunk) -> tuple[Source, bytes]:
+        """The file that has a chunk, of whichever step."""
+        if chunk.directory is None:
+            return self.get(chunk.file)
+        return self._get((chunk.directory, chunk.file), lambda: self.checkpoint.open_referred(chunk))
+
+    def _get(self, key: tuple[str | None, str], open_it: Callable[[], tuple[Source, bytes]]) -> tuple[Source, bytes]:
         with self._lock:
-            opened = self._open.get(name)
+            opened = self._open.get(key)
             if opened is None:
                 try:
-                    opened = self.checkpoint.open_file(name)
+                    opened = open_it()
                 except ArcError as error:
                     if error.retryable:
                         raise
                     opened = error
-                self._open[name] = opened
+                self._open[key] = opened
         if isinstance(opened, ArcError):
             raise opened
         return opened
 
 
-def _boxes(tensor: TensorEntry) -> Mapping[tuple[tuple[int, ...], tuple[int, ...]], list[Chunk]]:
+def _is_in(chunk: Chunk, file: str) -> bool:
+    """Whether a chunk lies in a file of the step's own directory."""
+    return chunk.directory is None and chunk.file == file
+
+
+def _boxes(tensor: TensorEntry) -> Mapping[_Box, list[Chunk]]:
     """The distinct parts of a tensor, each with its copies."""
-    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Chunk]] = {}
+    boxes: dict[_Box, list[Chunk]] = {}
     for chunk in tensor.chunks:
         boxes.setdefault((chunk.offsets, chunk.shape), []).append(chunk)
     return boxes
-
-
-def _require_files(places: Sequence[_OpenFiles], tensor: TensorEntry, spec: TensorSpec) -> None:
-    """Opens what `spec` needs, so that sizes are known to be true before memory is allocated for them.
-
-    Raises:
-        StoreError: a part of which no copy's file has the size and the head that the manifest says.
-    """
-    for (offsets, shape), copies in _boxes(tensor).items():
-        if intersect(offsets, shape, spec.offsets, spec.shape) is None:
-            continue
-        failures: list[StoreError] = []
-        for files, chunk in itertools.product(places, copies):
-            try:
-                retrying(lambda f=files, c=chunk: f.get(c.file), _RETRIES)
-            except StoreError as error:
-                failures.append(error)
-            else:
-                break
-        else:
-            raise failures[0]
 
 
 def _read_chunk(
@@ -417,14 +475,14 @@ def _read_chunk(
     low: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> None:
-    source, _ = files.get(chunk.file)
+    source, _ = files.of(chunk)
     target = _part(result, low, sizes, spec.offsets)
     # A part is verified as a whole even when a slice of it is wanted: its digest covers all of it.
     direct = sizes == chunk.shape and target.is_contiguous()
     buffer = target if direct else torch.empty(chunk.shape, dtype=result.dtype)
-    digest = _digest_range(source, chunk.start, chunk.nbytes, files.checkpoint.manifest.hash, as_bytes(buffer))
+    digest = digest_range(source, chunk.start, chunk.nbytes, files.checkpoint.manifest.hash, as_bytes(buffer))
     if digest != chunk.digest:
-        raise files.checkpoint.corrupt(tensor.name, chunk.file)
+        raise files.checkpoint.corrupt(tensor.name, chunk)
     if not direct:
         target.copy_(_part(buffer, low, sizes, chunk.offsets))
 
@@ -436,7 +494,7 @@ def _part(tensor: torch.Tensor, low: tuple[int, ...], sizes: tuple[int, ...], or
     return tensor
 
 
-def _digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer: memoryview | None = None) -> str:
+def digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer: memoryview | None = None) -> str:
     """Digest of a range of a file, read block by block (into `buffer`, if given) so that it is hashed while cached."""
     hasher = new_hash(algorithm)
     scratch = memoryview(bytearray(min(nbytes, _BLOCK_BYTES))) if buffer is None else None

@@ -22,10 +22,10 @@ from arc_dist.checkpoint_store.commit import build_manifest, check_written
 from arc_dist.checkpoint_store.format import (
     ATTEMPT_NAME,
     FORMAT_NAME,
-    FORMAT_VERSION,
     MANIFEST_NAME,
     MAX_ATTEMPT_BYTES,
     MAX_MANIFEST_BYTES,
+    PLAIN_VERSION,
     ShardTensor,
     check_run_name,
     parse_json,
@@ -37,6 +37,17 @@ from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_o
 from arc_dist.checkpoint_store.owners import require_owner, take_over
 from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
 from arc_dist.checkpoint_store.reader import Checkpoint
+from arc_dist.checkpoint_store.references import (
+    Place,
+    Unchanged,
+    announced,
+    announcement,
+    check_references,
+    newest_manifest,
+    places,
+    remove_step,
+    stored_digest,
+)
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.writer import write_rank
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
@@ -54,15 +65,24 @@ class Store:
         owner: a name of this start of the job: the same on all its ranks, and never used by an earlier start.
             Attempts at a step by different owners never share a directory. None is enough for one process that
             writes alone; a job of several ranks must give one.
+        dedup: refer to tensors whose bytes the newest committed step has already (frozen layers, LoRA bases) instead
+            of writing them again. Such a step cannot be read without the ones it refers to, so other programs (torch's
+            HuggingFaceStorageReader) need a copy of it (`arc copy` makes it whole), a damaged file may harm several
+            steps, and retention keeps what is referred to. That is why it is off by default. What was written with it
+            is read, copied and pruned without it.
 
     The constructor touches nothing; call `check_writable` before training starts.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, run: str = "run", owner: str | None = None) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str], *, run: str = "run", owner: str | None = None, dedup: bool = False
+    ) -> None:
         self.run = check_run_name(run)
         self._backend: Backend = open_backend(url)
         self._owner = owner
         self._alone = uuid.uuid4().hex
+        self._unchanged = Unchanged(lambda place: stored_digest(self._backend, self.run, place)) if dedup else None
+        self._written: str | None = None  # the directory of the last part, which may have been committed since
         self._catalog = Catalog(self._backend, self.run)
 
     @property
@@ -160,8 +180,17 @@ class Store:
             objects=objects,
             should_abort=should_abort,
             pace=pace,
+            unchanged=self._unchanged,
+            places=self._places(directory),
         )
+        self._written = directory
         return {**part, "run": self.run, "about": codec.encode(dict(about or {}), inline=True)[0]}
+
+    def _places(self, directory: str) -> dict[Any, Place]:
+        """What this attempt may refer to: what it announced, as far as that is still there."""
+        if self._unchanged is None:
+            return {}
+        return places(self._catalog, *announced(self._attempt_in(directory), f"{self.url}/{self.run}/{directory}"))
 
     def commit(
         self,
@@ -203,6 +232,7 @@ class Store:
             versions=_versions(),
         )
         check_written(self._backend, path, manifest, timeout_s=_VISIBLE_TIMEOUT_S)
+        check_references(self._catalog, manifest, attempt, f"{self.url}/{path}", timeout_s=_VISIBLE_TIMEOUT_S)
         require_owner(self._backend, self.run, manifest.owner)
         manifest = self._fence_and_order(manifest, earlier)
         data = manifest.to_bytes()
@@ -320,9 +350,9 @@ class Store:
         owner = self._owner_of(world_size)
         wanted = _attempt_fields(step, generation, world_size, owner)
         for name in _candidates(step, generation, owner):
-            if self._attempt_in(name) == wanted and not self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
-                self._catalog.delete(name)
-                return True
+            if self._is(name, wanted) and not self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
+                # What lost its manifest to a removal that crashed may be referred to; an attempt never is.
+                return not remove_step(self._backend, self.run, name)
         return False
 
     def _owner_of(self, world_size: int) -> str:
@@ -342,9 +372,12 @@ class Store:
         through the candidates in the same order find the same first one that is theirs.
         """
         fields = _attempt_fields(step, generation, world_size, owner)
-        data = (json.dumps(fields) + "\n").encode()
+        content = fields
+        if self._unchanged is not None:  # whoever is first announces for all ranks what the attempt may refer to
+            content = {**fields, **announcement(newest_manifest(self._catalog, self._written))}
+        data = (json.dumps(content) + "\n").encode()
         for name in _candidates(step, generation, owner):
-            if not self._backend.claim(f"{self.run}/{name}", ATTEMPT_NAME, data) and self._attempt_in(name) != fields:
+            if not self._backend.claim(f"{self.run}/{name}", ATTEMPT_NAME, data) and not self._is(name, fields):
                 continue
             # A generation that rolled back comes to the same step again; what it committed before stays as it is.
             if not self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
@@ -353,6 +386,13 @@ class Store:
             f"store {self.url}: every directory for step {step} of generation {generation} in run {self.run} is taken. "
             "Remove what is foreign there, or name another run.",
             step=step,
+        )
+
+    def _is(self, directory: str, wanted: dict[str, Any]) -> bool:
+        """Whether a directory is this attempt's, whatever it has announced."""
+        attempt = self._attempt_in(directory)
+        return isinstance(attempt, dict) and all(
+            cast("dict[str, Any]", attempt).get(key) == value for key, value in wanted.items()
         )
 
     def _attempt_in(self, directory: str) -> Any:
@@ -442,7 +482,7 @@ def _candidates(step: int, generation: int, owner: str) -> list[str]:
 def _attempt_fields(step: int, generation: int, world_size: int, owner: str) -> dict[str, Any]:
     return {
         "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
+        "version": PLAIN_VERSION,
         "step": step,
         "generation": generation,
         "owner": owner,

@@ -105,11 +105,14 @@ class Tiers:
         tiers: fastest first.
         run: as `Store`.
         owner: as `Store`.
+        dedup: as `Store`; each tier refers to its own steps only, and what is drained to another tier is whole there.
     """
 
-    def __init__(self, tiers: Sequence[Tier], *, run: str = "run", owner: str | None = None) -> None:
+    def __init__(
+        self, tiers: Sequence[Tier], *, run: str = "run", owner: str | None = None, dedup: bool = False
+    ) -> None:
         self.tiers = tuple(tiers)
-        self.stores = tuple(Store(tier.url, run=run, owner=owner) for tier in tiers)
+        self.stores = tuple(Store(tier.url, run=run, owner=owner, dedup=dedup) for tier in tiers)
         self.run = self.stores[0].run
 
     def __len__(self) -> int:
@@ -195,5 +198,5 @@ class Tiers:
             # What is wrong with a step says more than that another tier never had it.
             raise next((error for error in errors if not isinstance(error, StoreGone)), errors[0])
         newest = max(found, key=lambda checkpoint: checkpoint.manifest.committed_at)
-        equal = [other for other in found if other.manifest.same_content(newest.manifest)]
+        equal = [other for other in found if other.manifest.same_state(newest.manifest)]
         return equal[0].with_copies(equal[1:])

@@ -1,8 +1,9 @@
 """Copies a committed step from one place to another: every byte is hashed on the way, the manifest comes last.
 
-The copy has the bytes of the original, manifest included, so it is the same checkpoint in another place. Until its
-manifest is there it is no checkpoint, so a copy may be given up or killed at any point. It may then be begun again, by
-anyone: files that arrived whole are recognised by their digests and are not sent a second time.
+The copy has the bytes of the original, manifest included, so it is the same checkpoint in another place. Of a step that
+refers to bytes of other steps the copy has these bytes itself (see `resolve`), so it needs no other step there. Until
+its manifest is there it is no checkpoint, so a copy may be given up or killed at any point. It may then be begun again,
+by anyone: files that arrived whole are recognised by their digests and are not sent a second time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from arc_dist.checkpoint_store.backends import Backend, Source
+from arc_dist.checkpoint_store.backends import Backend, Sink, Source
 from arc_dist.checkpoint_store.commit import check_written
 from arc_dist.checkpoint_store.format import (
     ATTEMPT_NAME,
@@ -28,6 +29,7 @@ from arc_dist.checkpoint_store.format import (
 )
 from arc_dist.checkpoint_store.manifest import FileEntry, Manifest, parse_manifest
 from arc_dist.checkpoint_store.pins import change_marks, read_marks
+from arc_dist.checkpoint_store.resolve import Resolved, resolve
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
 _BLOCK_BYTES = 4 << 20  # as the writer's: small enough to stay in the cache for the hash
@@ -117,13 +119,17 @@ def copy_step(
     if (source.url.rstrip("/"), run) == (target.url.rstrip("/"), target_run):
         raise ConfigError(f"copying {run}/{directory}: {source.url} is both source and target. Name another target.")
     data = source.read(f"{run}/{directory}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
-    manifest = parse_manifest(data, _name(source, f"{run}/{directory}/{MANIFEST_NAME}"), directory)
+    resolved = resolve(parse_manifest(data, _name(source, f"{run}/{directory}/{MANIFEST_NAME}"), directory))
+    manifest = resolved.manifest
+    if resolved.headers:
+        data = manifest.to_bytes()
     job = _Job(
         source=source,
         source_path=f"{run}/{directory}",
         target=target,
         target_path=f"{target_run}/{directory}",
         manifest=manifest,
+        resolved=resolved,
         progress=progress,
         pace=_Pace(max_bytes_per_s, should_abort),
     )
@@ -181,7 +187,7 @@ def segments_of(manifest: Manifest, entry: FileEntry) -> list[Segment]:
         Segment(chunk.start, chunk.nbytes, chunk.digest, tensor.name)
         for tensor in manifest.tensors
         for chunk in tensor.chunks
-        if chunk.file == entry.name
+        if chunk.directory is None and chunk.file == entry.name
     ]
     return [Segment(0, entry.header_nbytes, entry.digest), *sorted(inside, key=lambda s: (s.start, s.nbytes))]
 
@@ -193,6 +199,7 @@ class _Job:
     target: Backend
     target_path: str
     manifest: Manifest
+    resolved: Resolved
     progress: Callable[[int], None] | None
     pace: _Pace
 
@@ -296,13 +303,15 @@ class _Job:
 
     def _send(self, entry: FileEntry, segments: Iterable[Segment]) -> None:
         """Copies a file, hashing. It gets its name only when all its digests were right."""
-        with contextlib.closing(self.source.open(f"{self.source_path}/{entry.name}")) as file:
-            if file.nbytes != entry.nbytes:
-                raise StoreCorrupt(
-                    f"{self._source_name(entry.name)}: {file.nbytes} bytes, its manifest says {entry.nbytes}. Copy "
-                    "from another place that has the step, or copy another step.",
-                    file=self._source_name(entry.name),
-                )
+        with _Sources(self.source) as sources:
+            if entry.name not in self.resolved.headers:
+                nbytes = sources.get(f"{self.source_path}/{entry.name}").nbytes
+                if nbytes != entry.nbytes:
+                    raise StoreCorrupt(
+                        f"{self._source_name(entry.name)}: {nbytes} bytes, its manifest says {entry.nbytes}. Copy "
+                        "from another place that has the step, or copy another step.",
+                        file=self._source_name(entry.name),
+                    )
             self.pace.check()
             # Not exclusive: a damaged or torn file in its place is replaced, and two copiers bring the same bytes.
             sink = self.target.create(f"{self.target_path}/{entry.name}", entry.nbytes, exclusive=False)
@@ -310,25 +319,44 @@ class _Job:
                 block = memoryview(bytearray(min(_BLOCK_BYTES, entry.nbytes)))
                 with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
                     for segment in segments:
-                        hasher = new_hash(self.manifest.hash)
-                        for offset, size in _blocks(segment):
-                            self.pace.spend(size)
-                            file.read_into(offset, block[:size])
-                            hashing = pool.submit(hasher.update, block[:size])
-                            try:
-                                sink.write(block[:size])
-                            finally:
-                                hashing.result()
-                            self._advance(size)
-                        if hasher.hexdigest() != segment.digest:
-                            raise self._differs(segment, entry)
+                        self._send_segment(sources, sink, pool, entry, segment, block)
                 sink.publish()
             except BaseException:
                 sink.discard()
                 raise
 
-    def _differs(self, segment: Segment, entry: FileEntry) -> StoreCorrupt:
-        where = self._source_name(entry.name)
+    def _send_segment(
+        self,
+        sources: _Sources,
+        sink: Sink,
+        pool: concurrent.futures.Executor,
+        entry: FileEntry,
+        segment: Segment,
+        block: memoryview,
+    ) -> None:
+        if segment.start == 0 and entry.name in self.resolved.headers:
+            sink.write(memoryview(self.resolved.headers[entry.name]))
+            self._advance(segment.nbytes)
+            return
+        origin = self.resolved.origins.get((entry.name, segment.start))
+        path, start = f"{self.source_path}/{entry.name}", segment.start
+        if origin is not None:
+            path, start = f"{self.source_path.rsplit('/', 1)[0]}/{origin.directory}/{origin.file}", origin.start
+        hasher = new_hash(self.manifest.hash)
+        for offset, size in _blocks(segment):
+            self.pace.spend(size)
+            sources.get(path).read_into(offset - segment.start + start, block[:size])
+            hashing = pool.submit(hasher.update, block[:size])
+            try:
+                sink.write(block[:size])
+            finally:
+                hashing.result()
+            self._advance(size)
+        if hasher.hexdigest() != segment.digest:
+            raise self._differs(segment, entry, _name(self.source, path))
+
+    def _differs(self, segment: Segment, entry: FileEntry, path: str | None = None) -> StoreCorrupt:
+        where = self._source_name(entry.name) if path is None else path
         what = f"the bytes of tensor {segment.tensor} differ" if segment.tensor else "its bytes differ"
         return StoreCorrupt(
             f"{where}: {what} from the manifest's digest, so the step was not copied. Copy it from another place that "
@@ -343,6 +371,26 @@ class _Job:
     def _advance(self, nbytes: int) -> None:
         if self.progress is not None:
             self.progress(nbytes)
+
+
+class _Sources:
+    """The files that one copied file is made of, each opened once, by one thread."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._open: dict[str, Source] = {}
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for source in self._open.values():
+            source.close()
+
+    def get(self, path: str) -> Source:
+        if path not in self._open:
+            self._open[path] = self._backend.open(path)
+        return self._open[path]
 
 
 class _Pace:

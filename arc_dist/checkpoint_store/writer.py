@@ -20,7 +20,9 @@ from arc_dist.checkpoint_store.format import (
     DEFAULT_HASH,
     FORMAT_VERSION,
     MAX_OBJECTS_BYTES,
+    PLAIN_VERSION,
     ShardTensor,
+    TensorSpec,
     assign_writers,
     digest_of,
     dtype_name,
@@ -30,6 +32,7 @@ from arc_dist.checkpoint_store.format import (
     replicated_digest,
     shard_name,
 )
+from arc_dist.checkpoint_store.references import Place, Unchanged
 from arc_dist.checkpoint_store.shard import build_header, file_order_key
 from arc_dist.errors import ConfigError, StoreError
 
@@ -83,8 +86,12 @@ def write_rank(
     objects: Mapping[str, Any],
     should_abort: Callable[[], bool] | None,
     pace: Callable[[int], None] | None = None,
+    unchanged: Unchanged | None = None,
+    places: Mapping[Any, Place] | None = None,
 ) -> dict[str, Any]:
     """Writes the rank's two files into a claimed directory; returns the rank's part of the manifest (JSON-able).
+
+    With `unchanged`, tensors whose bytes lie at one of `places` are referred to and not written.
 
     Raises:
         SaveAborted: `should_abort` said so.
@@ -92,7 +99,10 @@ def write_rank(
         StoreError: see `arc_dist.errors`; nothing of the part is left behind.
         ConfigError: the state cannot be stored.
     """
-    mine = sorted(select(tensors, rank, world_size), key=lambda t: file_order_key(t.spec))
+    selected = sorted(select(tensors, rank, world_size), key=lambda t: file_order_key(t.spec))
+    known = places or {}
+    found = unchanged.find(selected, known, lambda: _check_abort(should_abort)) if unchanged is not None else {}
+    mine = [t for t in selected if t.spec.name not in found]
     specs = [t.spec for t in mine]
     header = build_header(specs)
     objects_bytes = _objects_bytes(step, rank, objects)
@@ -111,20 +121,15 @@ def write_rank(
     rows: list[dict[str, Any]] = []
     start = len(header)
     for spec, digest in zip(specs, digests, strict=True):
-        rows.append(
-            {
-                "name": spec.name,
-                "dtype": spec.dtype,
-                "global_shape": list(spec.global_shape),
-                "offsets": list(spec.offsets),
-                "shape": list(spec.shape),
-                "file": shard_name(rank),
-                "start": start,
-                "nbytes": spec.nbytes,
-                "digest": digest,
-            }
-        )
+        rows.append(_tensor_row(spec, shard_name(rank), start, digest))
         start += spec.nbytes
+    for spec in (t.spec for t in selected if t.spec.name in found):
+        place = found[spec.name]
+        row = _tensor_row(spec, place.file, place.start, place.digest)
+        rows.append({**row, "directory": place.directory, "rank": rank})
+    if unchanged is not None:
+        unchanged.learn(specs, digests, known)
+        unchanged.wrote(directory.rsplit("/", 1)[-1], rows)
     return {
         "version": FORMAT_VERSION,
         "step": step,
@@ -137,10 +142,26 @@ def write_rank(
         "host": socket.gethostname(),
         "replicated": replicated_digest(t.spec for t in tensors),
         "files": [
-            _file_row(shard_name(rank), "tensors", rank, start, digest_of(header), len(header)),
-            _file_row(objects_name(rank), "objects", rank, len(objects_bytes), digest_of(objects_bytes), 0),
+            _file_row(shard_name(rank), "tensors", rank, start, digest_of(header, DEFAULT_HASH), len(header)),
+            _file_row(
+                objects_name(rank), "objects", rank, len(objects_bytes), digest_of(objects_bytes, DEFAULT_HASH), 0
+            ),
         ],
         "tensors": rows,
+    }
+
+
+def _tensor_row(spec: TensorSpec, file: str, start: int, digest: str) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dtype": spec.dtype,
+        "global_shape": list(spec.global_shape),
+        "offsets": list(spec.offsets),
+        "shape": list(spec.shape),
+        "file": file,
+        "start": start,
+        "nbytes": spec.nbytes,
+        "digest": digest,
     }
 
 
@@ -149,7 +170,7 @@ def _file_row(name: str, kind: str, rank: int, nbytes: int, digest: str, header:
 
 
 def _objects_bytes(step: int, rank: int, objects: Mapping[str, Any]) -> bytes:
-    content = {"version": FORMAT_VERSION, "step": step, "rank": rank, "objects": dict(objects)}
+    content = {"version": PLAIN_VERSION, "step": step, "rank": rank, "objects": dict(objects)}
     try:
         data = (json.dumps(content, allow_nan=False, indent=1) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
