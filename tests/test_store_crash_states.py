@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from arc_dist.checkpoint_store import SaveAborted, Store
-from arc_dist.checkpoint_store.backends import LocalBackend
-from arc_dist.checkpoint_store.catalog import Catalog
+from arc_dist.checkpoint_store import SaveAborted, Store, pruning
+from arc_dist.checkpoint_store.backends import Backend, LocalBackend
 from arc_dist.errors import StoreGone
 from crash_disk import Disk, Killed, Op, Recorder, crash_states, fingerprint, materialise
 from store_helpers import fsdp_cut, random_tensor, rows, same_bits, whole
@@ -293,24 +292,26 @@ def no_file_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def files_before_the_manifest(patch: pytest.MonkeyPatch) -> None:
-    def delete(self: Catalog, directory: str) -> None:
-        path = f"{self._run}/{directory}"
-        for entry in sorted(self._backend.list(path), key=lambda entry: entry.name == "manifest.json"):
-            self._backend.remove(f"{path}/{entry.name}")
-        self._backend.remove_directory(path)
+    def remove_step(backend: Backend, run: str, directory: str) -> list[str]:
+        path = f"{run}/{directory}"
+        for entry in sorted(backend.list(path), key=lambda entry: entry.name == "manifest.json"):
+            backend.remove(f"{path}/{entry.name}")
+        backend.remove_directory(path)
+        return []
 
-    patch.setattr(Catalog, "delete", delete)
+    patch.setattr(pruning, "remove_step", remove_step)
 
 
 def manifest_not_synced_before_files_go(patch: pytest.MonkeyPatch) -> None:
-    def delete(self: Catalog, directory: str) -> None:
-        path = f"{self._run}/{directory}"
-        self._backend.remove(f"{path}/manifest.json")
-        for entry in self._backend.list(path):
-            self._backend.remove(f"{path}/{entry.name}")
-        self._backend.remove_directory(path)
+    def remove_step(backend: Backend, run: str, directory: str) -> list[str]:
+        path = f"{run}/{directory}"
+        backend.remove(f"{path}/manifest.json")
+        for entry in backend.list(path):
+            backend.remove(f"{path}/{entry.name}")
+        backend.remove_directory(path)
+        return []
 
-    patch.setattr(Catalog, "delete", delete)
+    patch.setattr(pruning, "remove_step", remove_step)
 
 
 def manifest_in_place(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -19,8 +20,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from arc_dist import Arc
 from arc_dist.checkpoint_store import Store, references
 from arc_dist.checkpoint_store.catalog import Catalog
-from arc_dist.checkpoint_store.format import digest_of
+from arc_dist.checkpoint_store.format import digest_of, step_directory
 from arc_dist.checkpoint_store.manifest import parse_manifest
+from arc_dist.checkpoint_store.orphans import find_orphans
 from arc_dist.checkpoint_store.pruning import plan_prune, prune
 from arc_dist.checkpoint_store.references import protectors, remove_step
 from arc_dist.checkpoint_store.retention import Retention
@@ -139,7 +141,7 @@ def test_pruning_keeps_what_is_referred_to_and_says_why(tmp_path: Path) -> None:
         require_equal(store, step, {**state, "model.0": random_tensor(LARGE, seed=step)})
     for step in (6, 7):  # nothing of the first is left in these
         save_state(store, step, large_state(seed=step))
-    assert store.prune(keep_last=2) == [4, 5, 1]  # what refers goes first
+    assert store.prune(keep_last=2) == [1, 4, 5]
     assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == [directory(6), directory(7)]
 
 
@@ -553,7 +555,7 @@ def test_any_sequence_of_saves_prunes_copies_and_restores(data: st.DataObject, t
         action = data.draw(st.sampled_from(["none", "prune", "copy", "quarantine"]), label="then")
         if action == "prune":
             policy = Retention(last=data.draw(st.integers(2, 4)), every=data.draw(st.sampled_from([None, 3])))
-            for row in prune(store.backend, "run", policy):
+            for row in prune(store.backend, "run", policy).removed:
                 del held[row.step]
         elif action == "copy":
             chosen = data.draw(st.sampled_from(sorted(held)), label="copied")

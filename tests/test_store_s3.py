@@ -194,6 +194,6 @@ def test_references_are_kept_resolved_and_removed(bucket: str) -> None:
     assert copied.manifest(4).refers_to == ()
     for step in (5, 6):
         save_state(store, step, large_state(seed=step))
-    assert store.prune(keep_last=2) == [2, 3, 4, 1]
+    assert store.prune(keep_last=2) == [1, 2, 3, 4]
     require_equal(copied, 4, state)
     require_equal(store, 6, large_state(seed=6))
