@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -70,6 +71,17 @@ def test_a_run_is_not_taken_away_from_a_job_that_lives_on_this_host(tmp_path):
             next(guarded(Toy(steps=2), store=str(tmp_path)).steps)
         other.stdin.close()
     assert len(list(guarded(Toy(steps=2), store=str(tmp_path)).steps)) == 2
+
+
+def test_a_dead_process_that_nobody_has_waited_for_is_no_owner(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as other:
+        living = owners._identity(other.pid)
+        assert living
+        other.kill()
+        deadline = time.monotonic() + 10
+        while owners._identity(other.pid) == living and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert owners._identity(other.pid) == ""
 
 
 def test_a_process_number_that_was_used_again_is_not_taken_for_the_old_owner(tmp_path):

@@ -27,6 +27,8 @@ from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, Store
 _NAME = re.compile(r"owner-([0-9]{8,12})\.json")
 _MAX_BYTES = 1 << 16
 _MAX_TRIES = 16
+_GOING_WITHIN_S = 5.0
+_POLL_S = 0.1
 _NUM_KEPT = 64  # an owner whose file is gone counts as one that never took over, so many are kept; they are small
 
 
@@ -70,7 +72,7 @@ def take_over(backend: Backend, run: str, owner: str) -> None:
     for _ in range(_MAX_TRIES):
         numbers = _numbers(backend, run)
         newest = _read(backend, run, numbers[-1]) if numbers else None
-        if newest is not None and newest.pid != mine.pid and newest.is_alive_here:
+        if newest is not None and newest.pid != mine.pid and _outlives(newest, _GOING_WITHIN_S):
             raise ConfigError(
                 f"store {backend.url}: run {run} belongs to another job that is running on this host (process "
                 f"{newest.pid}). Stop it, or name another run (Arc(run=...))."
@@ -106,6 +108,16 @@ def require_owner(backend: Backend, run: str, owner: str) -> None:
             )
 
 
+def _outlives(owner: Owner, seconds: float) -> bool:
+    """Whether that process is still alive after a while: one that was just killed takes a moment to be gone."""
+    deadline = time.monotonic() + seconds
+    while owner.is_alive_here:
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
 def _numbers(backend: Backend, run: str) -> list[int]:
     matches = (_NAME.fullmatch(entry.name) for entry in backend.list(run) if not entry.is_directory)
     return sorted(int(match[1]) for match in matches if match)
@@ -128,7 +140,9 @@ def _file(number: int) -> str:
 def _identity(pid: int) -> str:
     """A process and the numbering it belongs to; empty when it is gone or the system does not say."""
     try:
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{os.readlink(f'/proc/{pid}/ns/pid')} {start}"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] in "ZX":  # dead, and not yet waited for
+            return ""
+        return f"{os.readlink(f'/proc/{pid}/ns/pid')} {fields[19]}"
     except (OSError, IndexError):
         return ""
