@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.util
 import random
 import threading
@@ -31,13 +32,9 @@ def algorithms() -> dict[str, Callable[[], object]]:
 
         found["blake3"] = blake3.blake3
     if importlib.util.find_spec("xxhash"):
-        import xxhash
-
-        found["xxh3_128"] = xxhash.xxh3_128
+        found["xxh3_128"] = importlib.import_module("xxhash").xxh3_128
     if importlib.util.find_spec("google_crc32c"):
-        import google_crc32c
-
-        found["crc32c"] = google_crc32c.Checksum
+        found["crc32c"] = importlib.import_module("google_crc32c").Checksum
     return found
 
 
