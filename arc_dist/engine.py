@@ -24,7 +24,7 @@ from arc_dist.checkpoint_store.tiers import Tier, Tiers
 from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
 from arc_dist.connect import connect
-from arc_dist.data.source import BatchSource
+from arc_dist.data.source import ENDLESS, BatchSource
 from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter, agree, require_equal_settings
@@ -40,7 +40,6 @@ from arc_dist.telemetry.log import logger, set_up_logging
 from arc_dist.telemetry.recorder import Recorder, append_line
 
 _PROGRESS_EVERY_S = 2.0
-_ENDLESS = 1 << 62
 _END_EXPECTED_WITHIN_S = 5.0  # a supervisor ends the peers of a dead rank within milliseconds
 
 
@@ -196,10 +195,7 @@ class Engine:
         owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
         store = Tiers(self._tiers, run=self._run, owner=owner, dedup=self.settings.dedup)
         agree(self.voter, store.check_writable, "the store cannot be used")
-        if self.rank == 0:
-            agree(self.voter, store.take_over, "the store cannot be used")
-        else:
-            agree(self.voter, lambda: None, "the store cannot be used")
+        agree(self.voter, lambda: store.take_over() if self.rank == 0 else None, "the store cannot be used")
         return store
 
     def resume(
@@ -288,7 +284,7 @@ class Engine:
         self.must_agree_on_data = self.world_size > 1 and length is None
         # The loop counts updates; how many batches they need is not known, since some are dropped on the way.
         endless = steps is not None and epochs is None
-        return BatchSource(loader, epochs=epochs, steps=_ENDLESS if endless else None, exact=exact)
+        return BatchSource(loader, epochs=epochs, steps=ENDLESS if endless else None, exact=exact)
 
     def trained_parameters(self) -> list[torch.Tensor]:
         """All parameters of all optimizers, each once, in the models' order.

@@ -194,10 +194,8 @@ class GuardedLoop:
         if self._guard.begin_vote(losses, ordinals):
             with self._sync.voided():
                 loss.backward()
-        elif self._state.scaler is None:
-            loss.backward()
         else:
-            self._state.scaler.scale(loss).backward()
+            self._scaled(loss).backward()
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self._state.scaler is None else self._state.scaler.scale(loss)
@@ -225,8 +223,7 @@ class GuardedLoop:
                     optimizer.step()
         finally:
             guard.rate.undo()
-        for optimizer in self._state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         if self._settings.scheduler_every == "step":
             if self._state.schedulers:
                 self._step_schedulers(_mean(losses))

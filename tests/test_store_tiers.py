@@ -289,14 +289,21 @@ def test_a_tier_that_never_answers_holds_up_neither_training_nor_later_saves_nor
     silence.set()
 
 
-def test_a_slow_tier_is_given_up_for_the_next(tmp_path):
+def test_a_slow_tier_is_given_up_and_then_the_next_and_training_goes_on(tmp_path):
     two_tiers(tmp_path)
     toy = Toy(steps=10)
     size = sum(p.numel() for p in guarded(toy).model.parameters()) * 4 * 3
     job = guarded(
         toy, store=f"{tmp_path}/fast, {tmp_path}/slow", checkpoint_every=10, max_bytes_per_s=size, save_timeout_s=0.3
     )
+    told = []
+    record = job.arc._engine.record
+    job.arc._engine.record = lambda **fields: (told.append((fields["kind"], fields.get("reason"))), record(**fields))
     assert len(list(job.steps)) == 10  # no tier is fast enough at this rate, and training does not mind
+    failed = [reason for kind, reason in told if kind == "tier_failed"]
+    assert len(failed) == 2, told
+    assert all("too slow" in reason for reason in failed)
+    assert job.digest() == plain(toy)[0]
     assert Tiers(parse_tiers(f"{tmp_path}/fast, {tmp_path}/slow")).steps() == []
 
 

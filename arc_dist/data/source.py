@@ -16,7 +16,7 @@ from arc_dist.errors import ConfigError, DataNotReproducible
 from arc_dist.snapshot.rng import capture_rng, restore_rng
 from arc_dist.telemetry.log import logger
 
-_ENDLESS = 1 << 62
+ENDLESS = 1 << 62
 
 
 class Batch(NamedTuple):
@@ -76,7 +76,7 @@ class BatchSource:
         self._view = LoaderView(loader)
         self._may_draw_here = self._view.may_draw_here
         self._epochs = 1 if epochs is None and steps is None else epochs
-        self._limit = _ENDLESS if steps is None else steps
+        self._limit = ENDLESS if steps is None else steps
         self._record_rng = record_rng
         self._exact = exact
         self._buffer = ReplayBuffer(replay_capacity, replay_bytes)
