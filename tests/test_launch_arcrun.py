@@ -110,9 +110,16 @@ def test_sigterm_of_guards_that_save_their_state_is_a_preemption(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saves", [True, False])
+def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: Path, saves: bool) -> None:
+    """The rank that was not told gets its SIGTERM too, before the end of the other one would end it."""
     path = script(
-        tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}-{{os.getppid()}}'), 'w')", "time.sleep(60)"
+        tmp_path,
+        "here = os.path.dirname(__file__)",
+        "def save(*_): open(os.path.join(here, f'saved-{rank}'), 'w'); sys.exit(75)",
+        *(["signal.signal(signal.SIGTERM, save)"] if saves else []),
+        "open(os.path.join(here, f'up-{rank}'), 'w')",
+        "time.sleep(60)",
     )
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     argv = [sys.executable, "-m", "arc_dist", "--no-preload", "--no-guard", path]
@@ -123,8 +130,9 @@ def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: P
         first.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
         second.process.send_signal(signal.SIGTERM)
         told, other = second.wait(30), first.wait(30)
-    assert told.exit_code == -signal.SIGTERM, str(told)
+    assert told.exit_code == (75 if saves else -signal.SIGTERM), str(told)
     assert other.exit_code == 75, str(other)
+    assert len(list(tmp_path.glob("saved-*"))) == (2 if saves else 0)
 
 
 def test_help_and_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,6 +246,8 @@ class Coordinator:
             self._told.add(rank)
             self._changed.notify_all()
         answer: dict[str, Any] = {"kind": told.order.value, "generation": told.generation, "reason": told.reason}
+        if told.order is Order.END:
+            answer["leaving"] = told.leaving
         if told.order is Order.RUN and self._job.plan is not None:
             answer |= {"plan": self._job.plan.as_dict(), "store": self._store}
         if told.order is Order.STOP and self._job.stop is not None:

@@ -365,11 +365,17 @@ class Order(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Directive:
-    """An order about `generation`, with its reason."""
+    """An order about `generation`, with its reason.
+
+    Attributes:
+        leaving: with `END`: because the job was told to go. A process that has not heard of it yet has to be told, and
+            left the time to save what it wants.
+    """
 
     order: Order
     generation: int
     reason: str = ""
+    leaving: bool = False
 
 
 def directive(job: Job, rank: int, generation: int) -> Directive:
@@ -391,7 +397,8 @@ def directive(job: Job, rank: int, generation: int) -> Directive:
         return Directive(order=Order.RUN, generation=present, reason=job.plan.reason if job.plan else "")
     if job.phase is Phase.ENDING and (generation == present or rank not in job.ready):
         root = budgets.root_of(job.deaths)
-        return Directive(order=Order.END, generation=present, reason=str(root))
+        leaving = job.preempted or root.cause.exit_code == ExitCode.PREEMPTED
+        return Directive(order=Order.END, generation=present, reason=str(root), leaving=leaving)
     if job.phase is Phase.RUNNING:
         return Directive(order=Order.END, generation=present, reason=f"generation {present} runs; say ready again")
     if job.phase is Phase.STARTING and generation == present and rank not in job.ready:

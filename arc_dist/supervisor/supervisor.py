@@ -47,6 +47,7 @@ from arc_dist.telemetry.log import logger
 _PARTING_POLL_S = 0.002
 _STEPPING_LIMIT_S = 0.3
 _PARTING_LIMIT_S = 10.0
+_LAUNCHER_SIGNAL_S = 0.5
 _KILL_LIMIT_S = 30.0
 _ECHO_WAIT_S = 0.25
 _SIGNAL_RACE_S = 0.02
@@ -152,7 +153,7 @@ class Supervisor:
                     return ending
                 directive = self._take_directive(generation)
             if directive["kind"] == "end":
-                self._part_and_kill(directive["reason"])
+                self._part_and_kill(directive["reason"], leaving=bool(directive.get("leaving")))
                 trainer = self._trainers.current
                 if trainer is not None and trainer.returncode is not None and self._is_leaving(trainer.returncode):
                     return self._leave(trainer, self._trainers.cause_of(trainer))
@@ -279,18 +280,31 @@ class Supervisor:
         generation = trainer.generation
         return {"rank": self._setup.rank, "generation": generation, "cause": cause.to_wire(), "step": step}
 
-    def _part_and_kill(self, reason: str) -> None:
-        """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so."""
+    def _part_and_kill(self, reason: str, *, leaving: bool = False) -> None:
+        """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so.
+
+        Args:
+            reason: for the log.
+            leaving: the job was told to go. A script that saves its own state at SIGTERM gets one, as it would under
+                torchrun: from the launcher, which may be slower than the other ranks are, else from here.
+        """
         trainer = self._trainers.current
         if trainer is None:
             return
         asked_at = time.monotonic()
+        told = False
         while trainer.returncode is None:
             phase = self._trainers.phase()
+            waited_s = time.monotonic() - asked_at
             limit_s = {layout.Phase.STEPPING: _STEPPING_LIMIT_S, layout.Phase.PARTING: _PARTING_LIMIT_S}.get(phase, 0.0)
+            if leaving and phase is layout.Phase.NONE:
+                limit_s = _PARTING_LIMIT_S
+                if waited_s >= _LAUNCHER_SIGNAL_S and self._leaving_by is None and not told:
+                    self._trainers.forward(signal.SIGTERM)
+                    told = True
             if self._leaving_by is not None:
                 limit_s = _PARTING_LIMIT_S  # it is leaving by itself, with its state
-            if time.monotonic() - asked_at >= limit_s:
+            if waited_s >= limit_s:
                 self._trainers.kill()
                 break
             self._wait(lambda: trainer.returncode is not None, timeout_s=_PARTING_POLL_S)
