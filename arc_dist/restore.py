@@ -16,6 +16,7 @@ import torch
 from arc_dist import errors
 from arc_dist.checkpoint_store.codec import decode
 from arc_dist.checkpoint_store.format import TensorSpec
+from arc_dist.checkpoint_store.progress import Progress
 from arc_dist.checkpoint_store.tiers import Tiers
 from arc_dist.data.position import read_mark
 from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
@@ -183,7 +184,8 @@ def _read(engine: Engine, store: Tiers, step: int) -> Found:
     others = [spec for name, spec in checkpoint.specs().items() if not name.startswith("model.")]
     checkpoint.check_specs([*live.values(), *others], all_names=True)
     wanted = [live.get(name) or _like_its_parameter(spec, live) for name, spec in checkpoint.specs().items()]
-    tensors = checkpoint.read(wanted)
+    with Progress(f"reading the checkpoint of step {step}", sum(spec.nbytes for spec in wanted)) as progress:
+        tensors = checkpoint.read(wanted, progress=progress if engine.rank == 0 else None)
     objects = decode(checkpoint.objects(engine.rank))
     for problem in checkpoint.damage:
         logger.warning(

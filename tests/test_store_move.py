@@ -10,9 +10,9 @@ import torch
 
 from arc_dist.checkpoint_store import Store
 from arc_dist.checkpoint_store.commands import DAMAGED, NOTHING_THERE, OK
-from arc_dist.checkpoint_store.commands_common import Progress
 from arc_dist.checkpoint_store.commands_move import _parse_rate
 from arc_dist.checkpoint_store.diff import compare
+from arc_dist.checkpoint_store.progress import Progress
 from arc_dist.errors import ConfigError, StoreCorrupt, StoreGone
 from store_helpers import fsdp_cut, random_tensor, rows, same_bits, save
 from test_store_commands import arc, flip
@@ -276,7 +276,7 @@ def test_progress_is_silent_where_no_one_watches_and_all_is_quick(capsys: pytest
 def test_progress_on_a_terminal_and_in_a_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("arc_dist.checkpoint_store.commands_common._LOG_AFTER_S", 0.0)
+    monkeypatch.setattr("arc_dist.checkpoint_store.progress._LOG_AFTER_S", 0.0)
     with Progress("copying \x1b[2J", 200) as progress:
         progress(50)
     out, err = capsys.readouterr()

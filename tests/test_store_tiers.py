@@ -21,6 +21,7 @@ from arc_dist.checkpoint_store.drain import Copy, Drainer, next_copy
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.tiers import Tier, Tiers, parse_tiers
+from arc_dist.checkpoint_store.transfer import TransferAborted
 from arc_dist.errors import ConfigError, StoreCorrupt, StoreFull, StoreGone, StoreTransient
 from ranks import run_ranks
 from store_helpers import same_bits, save
@@ -114,13 +115,29 @@ def test_no_attempt_begins_after_the_deadline():
 def test_the_pace_is_kept_and_idle_time_is_not_saved_up():
     clock = Clock()
     pace = Pace(100.0, clock=lambda: clock.now, sleep=clock.sleep)
+    begins = []
     for _ in range(5):
-        pace(100)
-    assert clock.now == pytest.approx(5.0)
+        pace.spend(100, lambda: None)
+        begins.append(clock.now)
+    assert begins == pytest.approx([0.0, 1.0, 2.0, 3.0, 4.0])
     clock.now += 60.0
-    pace(100)
-    pace(100)
-    assert clock.now == pytest.approx(67.0)
+    pace.spend(100, lambda: None)
+    pace.spend(100, lambda: None)
+    assert clock.now == pytest.approx(65.0)
+
+
+def test_a_wait_for_the_pace_can_be_given_up():
+    clock = Clock()
+    pace = Pace(1.0, clock=lambda: clock.now, sleep=clock.sleep)
+    pace.spend(3600, lambda: None)
+
+    def told_to_stop_at_7() -> None:
+        if clock.now >= 7.0:
+            raise TransferAborted("stop")
+
+    with pytest.raises(TransferAborted):
+        pace.spend(1, told_to_stop_at_7)
+    assert clock.now == pytest.approx(7.0, abs=0.2)
 
 
 # ---------------------------------------------------------------------- reading from several

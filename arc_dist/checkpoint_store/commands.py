@@ -20,12 +20,9 @@ from arc_dist.checkpoint_store.commands_common import (
     DAMAGED,
     NOTHING_THERE,
     OK,
-    Progress,
     Run,
-    clean,
     find_runs,
     find_step,
-    format_bytes,
     format_time,
     nothing,
     print_json,
@@ -33,6 +30,7 @@ from arc_dist.checkpoint_store.commands_common import (
 )
 from arc_dist.checkpoint_store.format import MANIFEST_NAME
 from arc_dist.checkpoint_store.manifest import Manifest
+from arc_dist.checkpoint_store.progress import Progress, clean, format_bytes
 from arc_dist.checkpoint_store.reader import Problem
 from arc_dist.checkpoint_store.tiers import Tier, parse_tiers
 from arc_dist.errors import StoreError

@@ -1,4 +1,4 @@
-"""What the commands of the store share: finding runs and steps, tables, sizes, progress."""
+"""What the commands of the store share: finding runs and steps, tables, times."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 import datetime as dt
 import json
 import sys
-import threading
-import time
 
 from arc_dist.checkpoint_store.backends import Backend, open_backend
 from arc_dist.checkpoint_store.catalog import Catalog, StepInfo, preference, with_marks
 from arc_dist.checkpoint_store.format import MANIFEST_NAME, step_of_directory
 from arc_dist.checkpoint_store.pins import Marks, read_marks
+from arc_dist.checkpoint_store.progress import clean
 from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.errors import ConfigError, StoreGone
 
@@ -20,9 +19,6 @@ OK = 0
 DAMAGED = 1
 DIFFERENT = 1
 NOTHING_THERE = 3
-_TERMINAL_EVERY_S = 0.5
-_LOG_AFTER_S = 10.0
-_LOG_EVERY_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,61 +117,12 @@ def find_trusted(path: str, run_name: str | None, step: int | None) -> Checkpoin
     return run.catalog.open(info.step, info.directory)
 
 
-def format_bytes(nbytes: int) -> str:
-    """``1536`` -> ``"1.5 KiB"``."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
-
-
 def format_time(seconds: float) -> str:
     """Seconds since 1970 as UTC to the second; what no calendar knows as the number itself."""
     try:
         return dt.datetime.fromtimestamp(seconds, dt.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
     except (OverflowError, ValueError, OSError):
         return str(seconds)
-
-
-class Progress:
-    """Says on stderr how far something is; called from several threads.
-
-    On a terminal it is one line that is rewritten. Elsewhere (a log file) nothing is said about what is quick, and a
-    line every half minute about what is slow.
-    """
-
-    def __init__(self, label: str, total: int | None = None) -> None:
-        self._label = label
-        self._total = total
-        self._done = 0
-        self._terminal = sys.stderr.isatty()
-        self._began = time.monotonic()
-        self._next = self._began + (0.0 if self._terminal else _LOG_AFTER_S)
-        self._lock = threading.Lock()
-
-    def __call__(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            now = time.monotonic()
-            if now < self._next:
-                return
-            self._next = now + (_TERMINAL_EVERY_S if self._terminal else _LOG_EVERY_S)
-            rate = format_bytes(int(self._done / max(now - self._began, 1e-3)))
-            share = format_bytes(self._done)
-            if self._total is not None:
-                share = f"{min(100 * self._done // max(self._total, 1), 100):3d} %"
-            text = f"{clean(self._label)}: {share}, {rate}/s"
-            print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr)
-            sys.stderr.flush()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def nothing(path: str, *, step: int | None = None, quiet: bool = False) -> int:
@@ -196,8 +143,3 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(clean(row[column])) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(clean(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
-def clean(text: str) -> str:
-    """Names come from files: what could steer a terminal is shown as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

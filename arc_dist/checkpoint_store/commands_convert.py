@@ -9,7 +9,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from arc_dist.checkpoint_store.commands_common import OK, Progress, format_bytes, print_json
+from arc_dist.checkpoint_store.commands_common import OK, print_json
+from arc_dist.checkpoint_store.progress import Progress, format_bytes
 
 
 def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:  # pyright: ignore[reportPrivateUsage]

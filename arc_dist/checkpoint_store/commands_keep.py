@@ -10,15 +10,14 @@ from typing import Any
 from arc_dist.checkpoint_store.commands_common import (
     OK,
     Run,
-    clean,
     find_runs,
     find_step,
-    format_bytes,
     nothing,
     print_json,
     print_table,
 )
 from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_orphans, find_orphans
+from arc_dist.checkpoint_store.progress import clean, format_bytes
 from arc_dist.checkpoint_store.pruning import (
     Plan,
     pin_step,

@@ -15,19 +15,17 @@ from arc_dist.checkpoint_store.commands_common import (
     DAMAGED,
     DIFFERENT,
     OK,
-    Progress,
     Run,
-    clean,
     find_checkpoint,
     find_runs,
     find_trusted,
-    format_bytes,
     nothing,
     print_json,
     print_table,
 )
 from arc_dist.checkpoint_store.diff import Comparison, Side, compare
 from arc_dist.checkpoint_store.export import Export, export_safetensors
+from arc_dist.checkpoint_store.progress import Progress, clean, format_bytes
 from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.transfer import copy_marks, copy_step
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreGone

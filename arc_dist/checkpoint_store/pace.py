@@ -1,13 +1,16 @@
-"""Keeps a background transfer below a rate, so that it leaves disk and network to the training."""
+"""Keeps background transfers below a rate, so that they leave disk and network to the training."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
+_LOOK_UP_S = 0.1
+
 
 class Pace:
-    """Call it after each block; it sleeps for as long as the transfer is ahead of its rate.
+    """The rate of all transfers that share it, on whatever threads.
 
     Args:
         max_bytes_per_s: the rate; None for no limit.
@@ -25,13 +28,23 @@ class Pace:
         self._rate = max_bytes_per_s
         self._clock = clock
         self._sleep = sleep
-        self._free_at = 0.0  # when all bytes so far would have been sent at exactly the rate
+        self._lock = threading.Lock()
+        self._free_at = 0.0  # when all bytes so far have been sent, at exactly the rate
 
-    def __call__(self, nbytes: int) -> None:
+    def spend(self, nbytes: int, check: Callable[[], None]) -> None:
+        """Waits until `nbytes` may be sent.
+
+        Args:
+            nbytes: size of the next block.
+            check: called first, and every 0.1 s of the wait; what it raises ends the wait.
+        """
+        check()
         if self._rate is None:
             return
-        now = self._clock()
-        # An idle time is not saved up: a burst after it would be what the limit is there to prevent.
-        self._free_at = max(self._free_at, now) + nbytes / self._rate
-        if self._free_at > now:
-            self._sleep(self._free_at - now)
+        with self._lock:
+            # An idle time is not saved up: a burst after it would be what the limit is there to prevent.
+            begin = max(self._free_at, self._clock())
+            self._free_at = begin + nbytes / self._rate
+        while (wait_s := begin - self._clock()) > 0:
+            self._sleep(min(wait_s, _LOOK_UP_S))
+            check()

@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import os
-import threading
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 
-from arc_dist.checkpoint_store import codec
-from arc_dist.checkpoint_store.backends import Backend, Source
+from arc_dist.checkpoint_store import codec, verification
+from arc_dist.checkpoint_store.backends import Backend
 from arc_dist.checkpoint_store.buffers import as_bytes
 from arc_dist.checkpoint_store.format import (
     MAX_OBJECTS_BYTES,
     TensorSpec,
     dtype_name,
     intersect,
-    new_hash,
     objects_name,
     parse_json,
     torch_dtype,
 )
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range, num_threads
 from arc_dist.checkpoint_store.retry import Retries, retrying
-from arc_dist.checkpoint_store.shard import parse_header
-from arc_dist.errors import ArcError, CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
+from arc_dist.checkpoint_store.verification import Problem
+from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
 
 _BLOCK_BYTES = 4 << 20
 _RETRIES = Retries(attempts=4)
 _Result = TypeVar("_Result")
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes of a part of a tensor
 _MAX_LISTED = 20  # names in an error message
-_REMEDY = "Restore an older step, or this one from a copy."
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Problem:
-    """Damage found by `Checkpoint.verify`.
-
-    Attributes:
-        file: path below the store's root.
-        what: what is wrong.
-        tensors: names of the tensors that cannot be restored because of it.
-    """
-
-    file: str
-    what: str
-    tensors: tuple[str, ...] = ()
 
 
 class Checkpoint:
@@ -68,13 +50,13 @@ class Checkpoint:
         self.path = path  # below the backend's root
         self.damage: list[Problem] = []
         self._copies = tuple(copies)
-        self._backend = backend
+        self._directory = Directory(backend, path, manifest)
         self._files = {file.name: file for file in manifest.files}
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
 
     def with_copies(self, copies: Sequence[Checkpoint]) -> Checkpoint:
         """The same step, which falls back on equal copies of it elsewhere wherever this one cannot be read."""
-        return Checkpoint(self._backend, self.path, self.manifest, copies=copies)
+        return Checkpoint(self._directory.backend, self.path, self.manifest, copies=copies)
 
     @property
     def step(self) -> int:
@@ -113,17 +95,21 @@ class Checkpoint:
         entry = self._files.get(objects_name(rank))
         if entry is None:
             raise StoreGone(
-                f"{self._where()}: has no rank {rank}; it was written by {self.world_size} ranks.", rank=rank
+                f"{self._directory.where()}: has no rank {rank}; it was written by {self.world_size} ranks.", rank=rank
             )
         data = self._from_any_copy(lambda copy: copy._verified_bytes(entry, MAX_OBJECTS_BYTES), ())
-        fields = parse_json(data, self._where(entry.name))
+        fields = parse_json(data, self._directory.where(entry.name))
         objects = cast("dict[str, Any]", fields).get("objects") if isinstance(fields, dict) else None
         if not isinstance(objects, dict):
-            raise StoreCorrupt(f"{self._where(entry.name)}: holds no objects of a rank. {_REMEDY}", rank=rank)
+            raise StoreCorrupt(f"{self._directory.where(entry.name)}: holds no objects of a rank. {REMEDY}", rank=rank)
         return cast("dict[str, Any]", objects)
 
-    def read(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    def read(self, specs: Sequence[TensorSpec], *, progress: Callable[[int], None] | None = None) -> list[torch.Tensor]:
         """New CPU tensors with the asked parts, verified.
+
+        Args:
+            specs: what is asked; none of it may be missing.
+            progress: called with the number of wanted bytes read since the last call, from several threads.
 
         Raises:
             CheckpointMismatch: names, dtypes or shapes that the step does not have; all are listed.
@@ -131,20 +117,20 @@ class Checkpoint:
             StoreError: see `arc_dist.errors`.
         """
         self.check_specs(specs)
-        with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
-            files = {copy: stack.enter_context(_OpenFiles(copy)) for copy in (self, *self._copies)}
+        with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+            files = {copy: stack.enter_context(OpenFiles(copy._directory)) for copy in (self, *self._copies)}
             for spec in specs:
                 self._require_files(files, spec)
             results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
             jobs = [
-                pool.submit(self._read_box, files, spec, box, result)
+                pool.submit(self._read_box, files, spec, box, result, progress)
                 for spec, result in zip(specs, results, strict=True)
                 for box in _boxes(self._tensors[spec.name])
             ]
             _finish(jobs)
         return results
 
-    def _require_files(self, files: Mapping[Checkpoint, _OpenFiles], spec: TensorSpec) -> None:
+    def _require_files(self, files: Mapping[Checkpoint, OpenFiles], spec: TensorSpec) -> None:
         """Opens what `spec` needs, so that sizes are known to be true before memory is allocated for them.
 
         Raises:
@@ -170,10 +156,11 @@ class Checkpoint:
 
     def _read_box(
         self,
-        files: Mapping[Checkpoint, _OpenFiles],
+        files: Mapping[Checkpoint, OpenFiles],
         spec: TensorSpec,
         box: _Box,
         result: torch.Tensor,
+        progress: Callable[[int], None] | None,
     ) -> None:
         """Copies what a saved part and the wanted part share into `result`, from the first place that is sound."""
         common = intersect(*box, spec.offsets, spec.shape)
@@ -193,6 +180,8 @@ class Checkpoint:
                     return
 
         self._from_any_copy(read, (spec.name,))
+        if progress is not None:
+            progress(math.prod(common[1]) * result.element_size())
 
     def _from_any_copy(self, read: Callable[[Checkpoint], _Result], tensors: tuple[str, ...]) -> _Result:
         """What `read` makes of the first copy that it does not fail on; the first copy's error when all fail."""
@@ -205,7 +194,7 @@ class Checkpoint:
                 failures.append((place, error))
                 continue
             self.damage += [
-                Problem(str(error.fields.get("file", copy._where())), error.message, tensors)
+                Problem(str(error.fields.get("file", copy._directory.where())), error.message, tensors)
                 for copy, error in failures
             ]
             return result
@@ -265,8 +254,8 @@ class Checkpoint:
             more = len(differences) - _MAX_LISTED
             listed = "\n  ".join(differences[:_MAX_LISTED]) + (f"\n  and {more} more" if more > 0 else "")
             raise CheckpointMismatch(
-                f"{self._where()}: it is a checkpoint of another model; {len(differences)} tensors differ:\n  {listed}"
-                "\nBuild the model that was saved, or name another run for the new one.",
+                f"{self._directory.where()}: it is a checkpoint of another model; {len(differences)} tensors differ:"
+                f"\n  {listed}\nBuild the model that was saved, or name another run for the new one.",
                 differences=differences,
             )
 
@@ -278,184 +267,19 @@ class Checkpoint:
 
         Returns:
             All damage; empty when the step is whole.
+
+        Raises:
+            StoreDenied, StoreGone, StoreTransient: the storage refuses, is lost or does not answer; nothing is known.
         """
-        with concurrent.futures.ThreadPoolExecutor(_num_threads()) as pool:
-            jobs = [pool.submit(self._verify_file, entry, progress) for entry in self.manifest.files]
-            jobs += [pool.submit(self._verify_referred, directory, progress) for directory in self.manifest.refers_to]
-            problems = [problem for job in jobs for problem in job.result()]
-        strangers = sorted(
-            entry.name
-            for entry in self._backend.list(self.path)
-            if entry.name.endswith(".safetensors") and entry.name not in self._files
-        )
-        return problems + [
-            Problem(f"{self.path}/{name}", "not in the manifest, but stock readers would read it: remove it")
-            for name in strangers
-        ]
-
-    def _verify_file(self, entry: FileEntry, progress: Callable[[int], None] | None) -> list[Problem]:
-        path = f"{self.path}/{entry.name}"
-        inside = [(t, c) for t in self.manifest.tensors for c in t.chunks if _is_in(c, entry.name)]
-        all_names = tuple(sorted({t.name for t, _ in inside}))
-        problems: list[Problem] = []
-        try:
-            with _OpenFiles(self) as files:
-                source, header = files.get(entry.name)
-                _advance(progress, len(header))
-                if entry.kind == "tensors":
-                    self._compare_header(entry, header)
-                damaged: list[str] = []
-                for tensor, chunk in sorted(inside, key=lambda item: item[1].start):
-                    if digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
-                        damaged.append(tensor.name)
-                    _advance(progress, chunk.nbytes)
-                if damaged:
-                    problems.append(Problem(path, "bytes differ from the manifest", tuple(sorted(set(damaged)))))
-        except StoreError as error:
-            problems.append(Problem(path, error.message, all_names))
-        return problems
-
-    def _verify_referred(self, directory: str, progress: Callable[[int], None] | None) -> list[Problem]:
-        """What another step holds for this one; whether that step is whole otherwise is not this one's concern."""
-        problems: list[Problem] = []
-        with _OpenFiles(self) as files:
-            for tensor in self.manifest.tensors:
-                for chunk in tensor.chunks:
-                    if chunk.directory != directory:
-                        continue
-                    path = f"{self._beside(directory)}/{chunk.file}"
-                    try:
-                        source, _ = files.of(chunk)
-                        if digest_range(source, chunk.start, chunk.nbytes, self.manifest.hash) != chunk.digest:
-                            problems.append(Problem(path, "bytes differ from the manifest", (tensor.name,)))
-                    except StoreError as error:
-                        problems.append(Problem(path, error.message, (tensor.name,)))
-                    _advance(progress, chunk.nbytes)
-        return problems
-
-    def _compare_header(self, entry: FileEntry, header: bytes) -> None:
-        """Whether a reader that trusts the header sees the tensors that the manifest names."""
-        said = {
-            (s.name, s.dtype, s.shape, s.offsets, start) for s, start in parse_header(header, entry.nbytes, entry.name)
-        }
-        meant = {
-            (t.name, t.dtype, c.shape, c.offsets, c.start)
-            for t in self.manifest.tensors
-            for c in t.chunks
-            if _is_in(c, entry.name)
-        }
-        if said != meant:
-            raise StoreCorrupt(f"{self._where(entry.name)}: its header and the manifest differ. {_REMEDY}")
+        return verification.verify(self._directory, progress)
 
     def _verified_bytes(self, entry: FileEntry, max_bytes: int) -> bytes:
         if entry.nbytes > max_bytes:
-            raise StoreCorrupt(f"{self._where(entry.name)}: {entry.nbytes} bytes, more than {max_bytes}. {_REMEDY}")
-        with _OpenFiles(self) as files:
+            raise StoreCorrupt(
+                f"{self._directory.where(entry.name)}: {entry.nbytes} bytes, more than {max_bytes}. {REMEDY}"
+            )
+        with OpenFiles(self._directory) as files:
             return files.get(entry.name)[1]
-
-    def _where(self, name: str = "") -> str:
-        return "/".join(part for part in (self._backend.url.rstrip("/"), self.path, name) if part)
-
-    def open_file(self, name: str) -> tuple[Source, bytes]:
-        """Opens a file after checking its size and its verified head: the header of tensors, else the whole of it.
-
-        Raises:
-            StoreGone, StoreCorrupt: it is missing, or not what the manifest says.
-        """
-        entry = self._files[name]
-        source = self._backend.open(f"{self.path}/{name}")
-        try:
-            where = self._where(name)
-            if source.nbytes != entry.nbytes:
-                raise StoreCorrupt(
-                    f"{where}: {source.nbytes} bytes, its manifest says {entry.nbytes}. {_REMEDY}", file=where
-                )
-            head = bytearray(entry.header_nbytes if entry.kind == "tensors" else entry.nbytes)
-            source.read_into(0, memoryview(head))
-            hasher = new_hash(self.manifest.hash)
-            hasher.update(head)
-            if hasher.hexdigest() != entry.digest:
-                raise StoreCorrupt(f"{where}: its bytes differ from the manifest's digest. {_REMEDY}", file=where)
-            return source, bytes(head)
-        except BaseException:
-            source.close()
-            raise
-
-    def open_referred(self, chunk: Chunk) -> tuple[Source, bytes]:
-        """Opens the file of another step that has a chunk of this one; the chunk's digest is what vouches for it.
-
-        Raises:
-            StoreGone, StoreCorrupt: it is missing, or too short.
-        """
-        path = f"{self._beside(chunk.directory or '')}/{chunk.file}"
-        source = self._backend.open(path)
-        if source.nbytes < chunk.start + chunk.nbytes:
-            nbytes = source.nbytes
-            source.close()
-            where = f"{self._backend.url.rstrip('/')}/{path}"
-            raise StoreCorrupt(f"{where}: {nbytes} bytes, step {self.step} needs more of it. {_REMEDY}", file=where)
-        return source, b""
-
-    def _beside(self, directory: str) -> str:
-        """The path of another directory of the same run."""
-        return "/".join([*self.path.split("/")[:-1], directory])
-
-    def corrupt(self, tensor: str, chunk: Chunk) -> StoreCorrupt:
-        """The error of a tensor whose bytes differ."""
-        where = self._where(chunk.file)
-        if chunk.directory is not None:
-            where = f"{self._backend.url.rstrip('/')}/{self._beside(chunk.directory)}/{chunk.file}"
-        return StoreCorrupt(
-            f"{where}: the bytes of tensor {tensor} differ from the manifest's digest. {_REMEDY}",
-            file=where,
-            tensor=tensor,
-        )
-
-
-class _OpenFiles:
-    """The files of a step, each opened and checked once, whichever thread asks first."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._lock = threading.Lock()
-        self._open: dict[tuple[str | None, str], tuple[Source, bytes] | ArcError] = {}
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for opened in self._open.values():
-            if not isinstance(opened, ArcError):
-                opened[0].close()
-
-    def get(self, name: str) -> tuple[Source, bytes]:
-        return self._get((None, name), lambda: self.checkpoint.open_file(name))
-
-    def of(self, chunk: Chunk) -> tuple[Source, bytes]:
-        """The file that has a chunk, of whichever step."""
-        if chunk.directory is None:
-            return self.get(chunk.file)
-        return self._get((chunk.directory, chunk.file), lambda: self.checkpoint.open_referred(chunk))
-
-    def _get(self, key: tuple[str | None, str], open_it: Callable[[], tuple[Source, bytes]]) -> tuple[Source, bytes]:
-        with self._lock:
-            opened = self._open.get(key)
-            if opened is None:
-                try:
-                    opened = open_it()
-                except ArcError as error:
-                    if error.retryable:
-                        raise
-                    opened = error
-                self._open[key] = opened
-        if isinstance(opened, ArcError):
-            raise opened
-        return opened
-
-
-def _is_in(chunk: Chunk, file: str) -> bool:
-    """Whether a chunk lies in a file of the step's own directory."""
-    return chunk.directory is None and chunk.file == file
 
 
 def _boxes(tensor: TensorEntry) -> Mapping[_Box, list[Chunk]]:
@@ -467,7 +291,7 @@ def _boxes(tensor: TensorEntry) -> Mapping[_Box, list[Chunk]]:
 
 
 def _read_chunk(
-    files: _OpenFiles,
+    files: OpenFiles,
     tensor: TensorEntry,
     chunk: Chunk,
     spec: TensorSpec,
@@ -480,9 +304,9 @@ def _read_chunk(
     # A part is verified as a whole even when a slice of it is wanted: its digest covers all of it.
     direct = sizes == chunk.shape and target.is_contiguous()
     buffer = target if direct else torch.empty(chunk.shape, dtype=result.dtype)
-    digest = digest_range(source, chunk.start, chunk.nbytes, files.checkpoint.manifest.hash, as_bytes(buffer))
+    digest = digest_range(source, chunk.start, chunk.nbytes, files.directory.manifest.hash, as_bytes(buffer))
     if digest != chunk.digest:
-        raise files.checkpoint.corrupt(tensor.name, chunk)
+        raise files.directory.corrupt(tensor.name, chunk)
     if not direct:
         target.copy_(_part(buffer, low, sizes, chunk.offsets))
 
@@ -494,29 +318,8 @@ def _part(tensor: torch.Tensor, low: tuple[int, ...], sizes: tuple[int, ...], or
     return tensor
 
 
-def digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer: memoryview | None = None) -> str:
-    """Digest of a range of a file, read block by block (into `buffer`, if given) so that it is hashed while cached."""
-    hasher = new_hash(algorithm)
-    scratch = memoryview(bytearray(min(nbytes, _BLOCK_BYTES))) if buffer is None else None
-    for begin in range(0, nbytes, _BLOCK_BYTES):
-        size = min(_BLOCK_BYTES, nbytes - begin)
-        block = buffer[begin : begin + size] if buffer is not None else cast("memoryview", scratch)[:size]
-        source.read_into(start + begin, block)
-        hasher.update(block)
-    return hasher.hexdigest()
-
-
 def _finish(jobs: Iterable[concurrent.futures.Future[None]]) -> None:
     """Waits for all jobs; raises the first error once nothing runs any more."""
     errors = [error for job in list(jobs) if (error := job.exception()) is not None]
     if errors:
         raise errors[0]
-
-
-def _advance(progress: Callable[[int], None] | None, nbytes: int) -> None:
-    if progress is not None:
-        progress(nbytes)
-
-
-def _num_threads() -> int:
-    return max(2, min(8, len(os.sched_getaffinity(0))))

@@ -37,7 +37,7 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest
-from arc_dist.checkpoint_store.reader import digest_range
+from arc_dist.checkpoint_store.opened import digest_range
 from arc_dist.errors import CheckpointMismatch, StoreCorrupt, StoreError, StoreGone
 
 _log = logging.getLogger(__name__)

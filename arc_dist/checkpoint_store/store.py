@@ -35,6 +35,7 @@ from arc_dist.checkpoint_store.format import (
 from arc_dist.checkpoint_store.manifest import Manifest
 from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_orphans
 from arc_dist.checkpoint_store.owners import require_owner, take_over
+from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
 from arc_dist.checkpoint_store.reader import Checkpoint
 from arc_dist.checkpoint_store.references import (
@@ -140,7 +141,7 @@ class Store:
         tensors: Sequence[ShardTensor],
         objects: Mapping[str, Any],
         should_abort: Callable[[], bool] | None = None,
-        pace: Callable[[int], None] | None = None,
+        pace: Pace | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Writes this rank's part of a step, durably. Every rank must call this; it waits for no other rank.
@@ -156,7 +157,7 @@ class Store:
             should_abort: asked between blocks; True gives the save up with `SaveAborted`.
             about: what the manifest shall say of the step: place in the data, metrics (any state that `codec` knows).
                 Rank 0's counts.
-            pace: told the size of each block written, in bytes; may sleep (see `Pace`).
+            pace: keeps the writing below a rate; shared by all that is written with it.
 
         Returns:
             The part of the manifest, JSON-able, to hand to `commit`.

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from arc_dist.checkpoint_store.backends import Backend, Sink, Source
@@ -28,13 +27,13 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import FileEntry, Manifest, parse_manifest
+from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.pins import change_marks, read_marks
 from arc_dist.checkpoint_store.resolve import Resolved, resolve
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
 _BLOCK_BYTES = 4 << 20  # as the writer's: small enough to stay in the cache for the hash
 _NUM_STREAMS = 4  # files on their way at once; an object store gives one stream a fraction of the bandwidth
-_ABORT_POLL_S = 0.1
 _VISIBLE_TIMEOUT_S = 15.0  # NFS clients may not see another client's new file for some seconds
 
 
@@ -131,7 +130,7 @@ def copy_step(
         manifest=manifest,
         resolved=resolved,
         progress=progress,
-        pace=_Pace(max_bytes_per_s, should_abort),
+        flow=_Flow(max_bytes_per_s, should_abort),
     )
     target.prepare()
     job.require_no_other(data)
@@ -201,7 +200,7 @@ class _Job:
     manifest: Manifest
     resolved: Resolved
     progress: Callable[[int], None] | None
-    pace: _Pace
+    flow: _Flow
 
     def entries(self) -> list[FileEntry]:
         """What is to be sent: all files but the one that comes with the directory. The largest first: they end last."""
@@ -256,7 +255,7 @@ class _Job:
                 for job in concurrent.futures.as_completed(jobs):
                     job.result()
             except BaseException:
-                self.pace.stop()
+                self.flow.stop()
                 for job in jobs:
                     job.cancel()
                 raise
@@ -296,7 +295,7 @@ class _Job:
     def _digest(self, file: Source, segment: Segment, block: memoryview) -> str:
         hasher = new_hash(self.manifest.hash)
         for offset, size in _blocks(segment):
-            self.pace.check()
+            self.flow.check()
             file.read_into(offset, block[:size])
             hasher.update(block[:size])
         return hasher.hexdigest()
@@ -312,7 +311,7 @@ class _Job:
                         "from another place that has the step, or copy another step.",
                         file=self._source_name(entry.name),
                     )
-            self.pace.check()
+            self.flow.check()
             # Not exclusive: a damaged or torn file in its place is replaced, and two copiers bring the same bytes.
             sink = self.target.create(f"{self.target_path}/{entry.name}", entry.nbytes, exclusive=False)
             try:
@@ -344,7 +343,7 @@ class _Job:
             path, start = f"{self.source_path.rsplit('/', 1)[0]}/{origin.directory}/{origin.file}", origin.start
         hasher = new_hash(self.manifest.hash)
         for offset, size in _blocks(segment):
-            self.pace.spend(size)
+            self.flow.spend(size)
             sources.get(path).read_into(offset - segment.start + start, block[:size])
             hashing = pool.submit(hasher.update, block[:size])
             try:
@@ -393,15 +392,13 @@ class _Sources:
         return self._open[path]
 
 
-class _Pace:
+class _Flow:
     """Keeps all streams of a copy together below a rate, and tells each of them when to stop."""
 
     def __init__(self, max_bytes_per_s: float | None, should_abort: Callable[[], bool] | None) -> None:
-        self._rate = max_bytes_per_s
+        self._pace = Pace(max_bytes_per_s)
         self._should_abort = should_abort
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self._free_at = time.monotonic()
 
     def stop(self) -> None:
         """Makes every stream end at its next block."""
@@ -414,15 +411,7 @@ class _Pace:
 
     def spend(self, nbytes: int) -> None:
         """Waits until this many bytes may be sent."""
-        self.check()
-        if self._rate is None:
-            return
-        with self._lock:
-            begin = max(self._free_at, time.monotonic())
-            self._free_at = begin + nbytes / self._rate
-        while (wait_s := begin - time.monotonic()) > 0:
-            self._stopped.wait(min(wait_s, _ABORT_POLL_S))
-            self.check()
+        self._pace.spend(nbytes, self.check)
 
 
 def _blocks(segment: Segment) -> Iterator[tuple[int, int]]:

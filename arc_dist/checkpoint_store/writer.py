@@ -32,6 +32,7 @@ from arc_dist.checkpoint_store.format import (
     replicated_digest,
     shard_name,
 )
+from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.references import Place, Unchanged
 from arc_dist.checkpoint_store.shard import build_header, file_order_key
 from arc_dist.errors import ConfigError, StoreError
@@ -85,7 +86,7 @@ def write_rank(
     tensors: Sequence[ShardTensor],
     objects: Mapping[str, Any],
     should_abort: Callable[[], bool] | None,
-    pace: Callable[[int], None] | None = None,
+    pace: Pace | None = None,
     unchanged: Unchanged | None = None,
     places: Mapping[Any, Place] | None = None,
 ) -> dict[str, Any]:
@@ -107,8 +108,13 @@ def write_rank(
     header = build_header(specs)
     objects_bytes = _objects_bytes(step, rank, objects)
     published: list[str] = []
+    pace = Pace(None) if pace is None else pace
+
+    def before_block(nbytes: int) -> None:
+        pace.spend(nbytes, lambda: _check_abort(should_abort))
+
     try:
-        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, should_abort, pace)
+        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, before_block)
         published.append(shard_name(rank))
         _write_whole(backend, f"{directory}/{objects_name(rank)}", objects_bytes)
         published.append(objects_name(rank))
@@ -191,18 +197,17 @@ def _write_shard(
     path: str,
     header: bytes,
     tensors: Sequence[ShardTensor],
-    should_abort: Callable[[], bool] | None,
-    pace: Callable[[int], None] | None,
+    before_block: Callable[[int], None],
 ) -> list[str]:
     nbytes = len(header) + sum(t.spec.nbytes for t in tensors)
-    _check_abort(should_abort)
+    before_block(len(header))
     sink = backend.create(path, nbytes, exclusive=True)
     digests: list[str] = []
     try:
         sink.write(memoryview(header))
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
             for tensor in tensors:
-                digests.append(_stream(sink, pool, tensor, should_abort, pace))
+                digests.append(_stream(sink, pool, tensor, before_block))
         sink.publish()
     except BaseException:
         sink.discard()
@@ -214,30 +219,25 @@ def _stream(
     sink: Sink,
     pool: concurrent.futures.Executor,
     tensor: ShardTensor,
-    should_abort: Callable[[], bool] | None,
-    pace: Callable[[int], None] | None,
+    before_block: Callable[[int], None],
 ) -> str:
-    """Writes one tensor's bytes while `pool` hashes them, told to `pace` block by block; returns the digest."""
+    """Writes one tensor's bytes while `pool` hashes them; returns the digest."""
     data = plain(tensor.data)  # the tensor itself in the usual case; kept alive while its memory is viewed
     view = as_bytes(data)
     hasher = new_hash(DEFAULT_HASH)
     if len(view) <= _SMALL_BYTES:
-        _check_abort(should_abort)
+        before_block(len(view))
         hasher.update(view)
         sink.write(view)
-        if pace is not None:
-            pace(len(view))
         return hasher.hexdigest()
     for begin in range(0, len(view), _BLOCK_BYTES):
-        _check_abort(should_abort)
         block = view[begin : begin + _BLOCK_BYTES]
+        before_block(len(block))
         hashing = pool.submit(hasher.update, block)
         try:
             sink.write(block)
         finally:
             hashing.result()
-        if pace is not None:
-            pace(len(block))
     return hasher.hexdigest()
 
 
