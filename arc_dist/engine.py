@@ -231,7 +231,7 @@ class Engine:
                 self._checkpointer.committed.append(found.step)
             self.resumed = Resumed(found.step, found.tier)
             logger.info("continuing after step %d, restored from %s", found.step, found.tier)
-        self.guard.watch_first()
+        self.guard.watch.begin(self.guard.step)
         if self._drainer is not None:
             self._drainer.start()
         if self._recorder is not None:
@@ -415,7 +415,7 @@ class Engine:
         small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
         small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
         specs, tensors = self.state.tensors()
-        if guard.is_finite() and small["data"] is not None:
+        if not guard.watch.scan() and small["data"] is not None:
             self.ring.capture(guard.step, self.env.generation, specs, tensors, small, parting=True)
 
     # ------------------------------------------------------------------ leaving

@@ -25,8 +25,7 @@ from arc_dist.errors import TrainingStopped
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
 from arc_dist.incident import incident, one_line, weights_digest
-from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor, StateProbe
-from arc_dist.monitors.state import Probed
+from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
 from arc_dist.observed import Observed
 from arc_dist.protection import Protection
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
@@ -35,6 +34,7 @@ from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger
+from arc_dist.watch import StateWatch
 
 _FAULTS = int(FAULTS)
 _REQUESTS = int(REQUESTS)
@@ -132,12 +132,10 @@ class Guard:
             GradientMonitor(explosion_factor=settings.grad_explosion_factor) for _ in state.optimizers
         ]
         self.rate_monitor = LearningRateMonitor(state.optimizers)
-        self.probe = StateProbe()
+        self.watch = StateWatch(state)
         self._carried = 0  # flags found outside a ballot, handed in with the next
         self._loss_sum, self._loss_count = 0.0, 0
         self._mean_pending = False
-        self._watched: object = None
-        self._num_states = -1
         self.observed = Observed()
         self.details: list[dict[str, Any]] = []
         self.protection = Protection(
@@ -145,7 +143,7 @@ class Guard:
             settings=settings,
             voter=voter,
             ring=ring,
-            probe=self.probe,
+            probe=self.watch.probe,
             generation=generation,
             small=self.small,
             record=record,
@@ -170,7 +168,7 @@ class Guard:
         for loss in losses:
             if not -_INF < loss <= loss_monitor.threshold:
                 flags |= loss_monitor.judge(loss).value
-        flags |= self.rate_monitor.judge().value | self._probe()
+        flags |= self.rate_monitor.judge().value | self.watch.judge(self.step)
         flags &= self._heeded
         attempt = self.attempt
         attempt.losses = losses
@@ -249,7 +247,9 @@ class Guard:
         step = self.step + 1
         seen = self.gradient_monitors[optimizer].judge(norm).value & self._heeded
         if not attempt.losses:
-            seen |= self._probe() & self._heeded  # no loss was voted on, so this is the step's only ballot
+            seen |= (
+                self.watch.judge(self.step) & self._heeded
+            )  # no loss was voted on, so this is the step's only ballot
         local = bool(not attempt.losses) or not self.replicated
         attempt.flags = seen
         if local and self.voter.world_size > 1:
@@ -314,8 +314,7 @@ class Guard:
 
         Every rank must call this; it blocks. Returns None when the state is sound on every rank, else the decision.
         """
-        self._watch()
-        flags = (self.probe.scan().value | self._carried) & self._heeded & _FAULTS
+        flags = (self.watch.scan().value | self._carried) & self._heeded & _FAULTS
         self._carried = 0
         self.attempt = Attempt(flags=flags)
         self.voter.begin(flags)
@@ -382,10 +381,10 @@ class Guard:
 
     def _decide(self, faults: Flag, step: int) -> Decision:
         """The slow path: details of all ranks, then the pure decision. Every rank gets here together."""
-        self._watch()
-        local = [dataclasses.asdict(finding) for finding in self.probe.findings]
-        corrupt = self.probe.scan()
-        local += [dataclasses.asdict(finding) for finding in self.probe.findings]
+        self.watch.follow()
+        local = [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
+        corrupt = self.watch.scan()
+        local += [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
         attempt = self.attempt
         mine = {
             "rank": self.voter.rank,
@@ -427,39 +426,6 @@ class Guard:
 
     # ------------------------------------------------------------------ monitors
 
-    def _watch(self) -> int:
-        specs, tensors = self.state.tensors()
-        if tensors is self._watched:
-            return 0
-        self._watched = tensors
-        probed = [
-            Probed(spec.name, tensor, is_weight=not spec.name.startswith("optimizer."))
-            for spec, tensor in zip(specs, tensors, strict=True)
-            if self.state.is_judged(spec.name)
-        ]
-        return self.probe.watch(probed, tensors).value
-
-    def watch_first(self) -> None:
-        """Before the first step: what is not finite already (a mask, an unused row) is this model's way."""
-        self._watch()
-        if self.step == 0:
-            self.probe.exempt_present()
-
-    def is_finite(self) -> bool:
-        """Whether every judged number of this rank's state is finite. Looks at all of it."""
-        self._watch()
-        return not self.probe.scan()
-
-    def _probe(self) -> int:
-        num_states = 0
-        for optimizer in self.state.optimizers:
-            num_states += len(optimizer.state)
-        flags = 0
-        if num_states != self._num_states or self.step % self.probe.pause == 0:
-            self._num_states = num_states
-            flags = self._watch()
-        return flags | self.probe.judge(self.step).value
-
     def _judge_mean(self, step: int) -> int:
         self._mean_pending = False
         mean = self.voter.mean(step)
@@ -482,7 +448,7 @@ class Guard:
             "reduced_loss": self.reduced_loss_monitor.state_dict(),
             "gradient": [monitor.state_dict() for monitor in self.gradient_monitors],
             "rate": self.rate_monitor.state_dict(),
-            "probe": self.probe.state_dict(),
+            "probe": self.watch.probe.state_dict(),
             "loss_sum": (self._loss_sum, self._loss_count),
             "cadence": self.protection.cadence.state_dict(),
             "vote_cadence": self.vote_cadence.state_dict(),
@@ -500,10 +466,7 @@ class Guard:
         for monitor, saved in zip(self.gradient_monitors, state["gradient"], strict=True):
             monitor.load_state_dict(saved)
         self.rate_monitor.load_state_dict(state["rate"])
-        self._watched = None
-        self.probe.forget()
-        self._watch()
-        self.probe.load_state_dict(state["probe"])
+        self.watch.load_state_dict(state["probe"])
         self._loss_sum, self._loss_count = state["loss_sum"]
         self._mean_pending = False
         self.observed.load_state_dict(state["observed"])

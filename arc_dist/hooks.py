@@ -228,7 +228,7 @@ class ScriptGuard:
             record=self._recorder.record if self._recorder is not None else None,
             restore_rates=False,
         )
-        guard.watch_first()
+        guard.watch.begin(guard.step)
         logger.info("guarding %s (%s, %d ranks)", type(optimizer).__name__, kind.value, voter.world_size)
         return OptimizerJudge(guard, self._listener, lambda: self._progressed(guard))
 

@@ -7,6 +7,9 @@ are medians with a 95 % interval, and ratios within each turn. Reads come from t
 
 * write: our shard, hashed, fsynced and committed / the same bytes written raw and fsynced / ``dcp.save`` (no fsync).
 * read: our verified restore / the same bytes read raw / ``dcp.load``.
+* stall: what stops training: a snapshot (capture) and, once it is trusted, handing it to the background writer, each
+  beside a bare copy of the same bytes into memory that is there already.
+* memory: how much the process grows while a save is written from the snapshot.
 * list: finding the newest step among 1,000 steps of 64 ranks, in seconds.
 """
 
@@ -25,6 +28,11 @@ import torch.distributed.checkpoint as dcp
 
 from arc_dist.checkpoint_store import ShardTensor, Store, TensorSpec
 from arc_dist.checkpoint_store.buffers import as_bytes
+from arc_dist.checkpoint_store.tiers import Tier, Tiers
+from arc_dist.checkpointer import Checkpointer
+from arc_dist.coordinator.client import LocalClient
+from arc_dist.coordinator.service import Coordinator
+from arc_dist.snapshot.ring import SnapshotRing
 from stats import describe, setting
 
 
@@ -112,6 +120,66 @@ def compare(title: str, arms: Mapping[str, Callable[[], object]], blocks: int, a
         print(line, flush=True)
 
 
+def stall(bench: Bench, blocks: int) -> None:
+    """Prints what a save takes of the training thread, and of memory."""
+    names, tensors = list(bench.tensors), list(bench.tensors.values())
+    specs = [TensorSpec.whole(name, bench.tensors[name]) for name in names]
+    private = [torch.zeros_like(tensor) for tensor in tensors]
+    ring, coordinator = SnapshotRing(), Coordinator(1, job_id="bench")
+    writer = Checkpointer(
+        tiers=Tiers([Tier(url=bench.store.url)], run=bench.store.run, owner="bench"),
+        ring=ring,
+        coordinator=LocalClient(coordinator),
+        rank=0,
+        world_size=1,
+        generation=0,
+    )
+
+    def bare() -> None:
+        for target, source in zip(private, tensors, strict=True):
+            target.copy_(source)
+
+    def capture() -> None:
+        assert ring.capture(bench.step, 0, specs, tensors, {}) is not None
+
+    def submit() -> None:
+        slot = ring.certify(bench.step)
+        assert slot is not None
+        writer.submit(bench.step, slot)
+
+    times: dict[str, list[float]] = {"bare copy": [], "snapshot": [], "hand over": []}
+    grown = []
+    for block in range(blocks + 2):
+        bench.step += 1
+        spent = {"bare copy": timed(bare)[0], "snapshot": timed(capture)[0]}
+        before = _reset_peak()
+        spent["hand over"] = timed(submit)[0]
+        assert writer.wait(600.0)
+        assert writer.committed[-1] == bench.step
+        if block >= 2:  # the first turns make the slots
+            grown.append(_peak_kib() - before)
+            for name, seconds in spent.items():
+                times[name].append(seconds)
+        bench.drop_old()
+    for name in ("snapshot", "hand over"):
+        ratio = [mine / floor for mine, floor in zip(times[name], times["bare copy"], strict=True)]
+        print(f"stall  {name:18} {describe(times[name], 's', 4)}; / bare copy: {describe(ratio, '', 3)}", flush=True)
+    print(f"memory beyond the snapshot while saving: {describe([kib / 1024 for kib in grown], 'MiB', 1)}", flush=True)
+    ring.close()
+    coordinator.close()
+
+
+def _reset_peak() -> int:
+    """Makes the peak begin anew; returns the present size in KiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_kib()
+
+
+def _peak_kib() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+
+
 def list_many(directory: Path, steps: int, ranks: int) -> tuple[float, int]:
     """Seconds to find the newest certified step among so many; their manifests are real, their shards are tiny."""
     store = Store(directory / "many", owner="bench")
@@ -153,6 +221,7 @@ def main() -> None:
         compare("write", writing, args.blocks, bench.drop_old)
         reading = {"ours": bench.restore, "raw": bench.raw_read, "dcp.load": bench.dcp_load}
         compare("read", reading, args.blocks, lambda: None)
+        stall(bench, args.blocks)
         seconds, step = list_many(Path(directory), 1000, 64)
         print(f"list   newest of 1,000 steps of 64 ranks: step {step} in {seconds:.3f} s")
 

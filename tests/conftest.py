@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,16 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
             _skipped.append(f"{report.nodeid}: {reason}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist tells of modules that were skipped whole; of single tests both sides know."""
+    _skipped.extend(line for line in getattr(node, "workeroutput", {}).get("skipped", ()) if line not in _skipped)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["skipped"] = _skipped
+        return
     if os.environ.get("CI") == "true" and _skipped and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

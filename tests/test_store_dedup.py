@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from arc_dist import Arc
 from arc_dist.checkpoint_store import Store, references
+from arc_dist.checkpoint_store.attempts import claim
 from arc_dist.checkpoint_store.catalog import Catalog
 from arc_dist.checkpoint_store.format import digest_of, step_directory
 from arc_dist.checkpoint_store.manifest import parse_manifest
@@ -173,7 +174,8 @@ def test_a_save_in_progress_protects_what_it_may_refer_to(tmp_path: Path) -> Non
 def test_a_step_that_vanished_after_the_announcement_is_written_in_full(tmp_path: Path) -> None:
     store, state = open_store(tmp_path), large_state()
     save_state(store, 1, state)
-    announced = store._claim(2, 0, 1, "o")  # the first rank to come has announced step 1
+    # The first rank to come has announced step 1.
+    announced = claim(store.backend, store.run, store._attempt(2, 0, 1), store._announcement)
     assert json.loads((tmp_path / "run" / announced / "attempt.json").read_text())["refers"] == [directory(1)]
     Catalog(store.backend, "run").delete(directory(1))
     assert save_state(store, 2, state).refers_to == ()

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from arc_dist.checkpoint_store import Store
+from arc_dist.checkpoint_store.retry import Retries
 from arc_dist.errors import (
     ArcError,
     Fenced,
@@ -314,3 +315,26 @@ def test_a_file_that_ends_while_it_is_read(shm_root: Path, monkeypatch: pytest.M
         manifest = faults.fired[0].paths[0].endswith("manifest.json")
         assert isinstance(error, StoreCorrupt) or (manifest and step == OLD), faults.fired
     assert number > 4
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
+def test_storage_that_fails_while_a_step_is_verified_is_not_called_damage(
+    shm_root: Path, monkeypatch: pytest.MonkeyPatch, code: int, for_ever: bool
+) -> None:
+    monkeypatch.setattr("arc_dist.checkpoint_store.verification._RETRIES", Retries(attempts=2, first_pause_s=0.0))
+    root, store = fresh(shm_root, 0)
+    checkpoint = store.open(OLD)
+    seen: set[str] = set()
+    for number in range(1, MAX_CALLS):
+        faults = Faults(root, number, code, for_ever=for_ever)
+        problems, error = under(faults, monkeypatch, checkpoint.verify)
+        if not faults.fired:
+            break
+        name = faults.fired[0].name
+        seen.add(name)
+        if code in (errno.ENOSPC, errno.EDQUOT) or name == "close":
+            continue  # no answer to a read; what closing says is not heard
+        assert problems == [] if error is None else isinstance(error, KINDS[code]), faults.fired
+        assert error is None or for_ever or code not in RETRIED, faults.fired
+    assert seen >= {"open", "fstat", "preadv", "scandir"}

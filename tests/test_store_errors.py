@@ -378,7 +378,9 @@ def test_objects_of_a_rank_that_did_not_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "objects", [{"x": float("nan")}, {"x": object()}, {"x": {1, 2}}, {"x": torch.ones(1)}], ids=str
+    "objects",
+    [{"x": float("nan")}, {"x": object()}, {"x": {1, 2}}, {"x": torch.ones(1)}],
+    ids=["nan", "object", "set", "tensor"],
 )
 def test_objects_that_are_not_json(tmp_path: Path, objects: dict[str, Any]) -> None:
     store = Store(tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import time
@@ -16,20 +15,17 @@ from typing import Any, cast
 import torch
 
 from arc_dist.checkpoint_store import codec
-from arc_dist.checkpoint_store.backends import Backend, Unsupported, is_missing, open_backend
+from arc_dist.checkpoint_store.attempts import Attempt, claim, find_uncommitted, read_attempt
+from arc_dist.checkpoint_store.backends import Backend, Unsupported, open_backend
 from arc_dist.checkpoint_store.catalog import Catalog, StepInfo
 from arc_dist.checkpoint_store.commit import build_manifest, check_written
 from arc_dist.checkpoint_store.format import (
     ATTEMPT_NAME,
-    FORMAT_NAME,
     MANIFEST_NAME,
     MAX_ATTEMPT_BYTES,
     MAX_MANIFEST_BYTES,
-    PLAIN_VERSION,
     ShardTensor,
     check_run_name,
-    parse_json,
-    step_directory,
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import Manifest
@@ -51,9 +47,8 @@ from arc_dist.checkpoint_store.references import (
 )
 from arc_dist.checkpoint_store.retention import Retention
 from arc_dist.checkpoint_store.writer import write_rank
-from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
+from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 
-_MAX_REPEATS = 16  # commits of one step by one generation
 _VISIBLE_TIMEOUT_S = 15.0  # NFS clients may not see another client's new file for some seconds (attribute cache)
 
 
@@ -167,14 +162,14 @@ class Store:
         """
         if not 0 <= rank < world_size or step < 0 or generation < 0:
             raise ConfigError(f"write_part(step={step}, generation={generation}, rank={rank}, world_size={world_size})")
-        owner = self._owner_of(world_size)
-        directory = self._claim(step, generation, world_size, owner)
+        attempt = self._attempt(step, generation, world_size)
+        directory = claim(self._backend, self.run, attempt, self._announcement)
         part = write_rank(
             self._backend,
             f"{self.run}/{directory}",
             step=step,
             generation=generation,
-            owner=owner,
+            owner=attempt.owner,
             rank=rank,
             world_size=world_size,
             tensors=tensors,
@@ -191,7 +186,10 @@ class Store:
         """What this attempt may refer to: what it announced, as far as that is still there."""
         if self._unchanged is None:
             return {}
-        return places(self._catalog, *announced(self._attempt_in(directory), f"{self.url}/{self.run}/{directory}"))
+        return places(
+            self._catalog,
+            *announced(read_attempt(self._backend, self.run, directory), f"{self.url}/{self.run}/{directory}"),
+        )
 
     def commit(
         self,
@@ -348,13 +346,18 @@ class Store:
         Returns:
             Whether there was one.
         """
+        attempt = self._attempt(step, generation, world_size)
+        directory = find_uncommitted(self._backend, self.run, attempt)
+        # What lost its manifest to a removal that crashed may be referred to; an attempt never is.
+        return directory is not None and not remove_step(self._backend, self.run, directory)
+
+    def _attempt(self, step: int, generation: int, world_size: int) -> Attempt:
         owner = self._owner_of(world_size)
-        wanted = _attempt_fields(step, generation, world_size, owner)
-        for name in _candidates(step, generation, owner):
-            if self._is(name, wanted) and not self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
-                # What lost its manifest to a removal that crashed may be referred to; an attempt never is.
-                return not remove_step(self._backend, self.run, name)
-        return False
+        return Attempt(step=step, generation=generation, owner=owner, world_size=world_size)
+
+    def _announcement(self) -> Mapping[str, Any]:
+        """What an attempt that begins now may refer to."""
+        return {} if self._unchanged is None else announcement(newest_manifest(self._catalog, self._written))
 
     def _owner_of(self, world_size: int) -> str:
         if self._owner is not None:
@@ -365,45 +368,6 @@ class Store:
             "Store(owner=...) is missing: a job of several ranks must name this start of the job, so that files left "
             "by an earlier start never mix with its own. Give every rank the same fresh string."
         )
-
-    def _claim(self, step: int, generation: int, world_size: int, owner: str) -> str:
-        """The directory of this attempt. All its ranks get the same one without a message.
-
-        Each candidate belongs for ever to the attempt that created it, and creation is atomic, so ranks that go
-        through the candidates in the same order find the same first one that is theirs.
-        """
-        fields = _attempt_fields(step, generation, world_size, owner)
-        content = fields
-        if self._unchanged is not None:  # whoever is first announces for all ranks what the attempt may refer to
-            content = {**fields, **announcement(newest_manifest(self._catalog, self._written))}
-        data = (json.dumps(content) + "\n").encode()
-        for name in _candidates(step, generation, owner):
-            if not self._backend.claim(f"{self.run}/{name}", ATTEMPT_NAME, data) and not self._is(name, fields):
-                continue
-            # A generation that rolled back comes to the same step again; what it committed before stays as it is.
-            if not self._backend.exists(f"{self.run}/{name}/{MANIFEST_NAME}"):
-                return name
-        raise StoreError(
-            f"store {self.url}: every directory for step {step} of generation {generation} in run {self.run} is taken. "
-            "Remove what is foreign there, or name another run.",
-            step=step,
-        )
-
-    def _is(self, directory: str, wanted: dict[str, Any]) -> bool:
-        """Whether a directory is this attempt's, whatever it has announced."""
-        attempt = self._attempt_in(directory)
-        return isinstance(attempt, dict) and all(
-            cast("dict[str, Any]", attempt).get(key) == value for key, value in wanted.items()
-        )
-
-    def _attempt_in(self, directory: str) -> Any:
-        path = f"{self.run}/{directory}/{ATTEMPT_NAME}"
-        try:
-            return parse_json(self._backend.read(path, MAX_ATTEMPT_BYTES), path)
-        except (StoreGone, StoreCorrupt) as error:
-            if isinstance(error, StoreGone) and not is_missing(error):
-                raise
-            return None  # a foreign, half-deleted or damaged directory: nobody's attempt
 
     def _require_parts(
         self, step: int, generation: int, world_size: int, parts: Mapping[Any, Mapping[str, Any]]
@@ -471,24 +435,6 @@ def _about(parts: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     """What rank 0 said about the step, already encoded."""
     first = parts[min(parts, key=int)].get("about")
     return dict(cast("dict[str, Any]", first)) if isinstance(first, dict) else {}
-
-
-def _candidates(step: int, generation: int, owner: str) -> list[str]:
-    """Directories for an attempt, the plainest first; the later ones are this owner's alone."""
-    names = [step_directory(step), step_directory(step, generation=generation)]
-    repeats = (f"{owner}#{count}" for count in range(_MAX_REPEATS))
-    return names + [step_directory(step, generation=generation, owner=repeat) for repeat in repeats]
-
-
-def _attempt_fields(step: int, generation: int, world_size: int, owner: str) -> dict[str, Any]:
-    return {
-        "format": FORMAT_NAME,
-        "version": PLAIN_VERSION,
-        "step": step,
-        "generation": generation,
-        "owner": owner,
-        "world_size": world_size,
-    }
 
 
 def _versions() -> dict[str, str]:
