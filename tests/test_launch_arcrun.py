@@ -135,6 +135,23 @@ def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: P
     assert len(list(tmp_path.glob("saved-*"))) == (2 if saves else 0)
 
 
+@pytest.mark.slow
+def test_ctrl_c_reaches_every_script_however_late_the_launcher_passes_it_on(tmp_path: Path) -> None:
+    path = script(tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}'), 'w')", "time.sleep(60)")
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    argv = [sys.executable, "-m", "arc_dist", "--no-preload", "--no-guard", path]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env["MASTER_PORT"] = str(probe.getsockname()[1])
+    with Job(argv, env={**env, "RANK": "0"}) as first, Job(argv, env={**env, "RANK": "1"}) as second:
+        first.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
+        first.process.send_signal(signal.SIGINT)
+        second.wait_for(lambda: "KeyboardInterrupt" in second.stderr(), 30, "the other rank's Ctrl-C")
+        second.process.send_signal(signal.SIGINT)
+        for ended in (first.wait(30), second.wait(30)):
+            assert ended.exit_code == -signal.SIGINT, str(ended)
+
+
 def test_help_and_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as help_end:
         arcrun.run(["--help"])

@@ -104,6 +104,23 @@ def test_several_deaths_are_one_end_and_the_root_is_named():
     assert over.judgement.root.rank == 1
 
 
+@pytest.mark.parametrize(
+    ("cause", "leaving"),
+    [
+        (Cause(kind=CauseKind.SIGNAL, signal=9), 0),
+        (Cause(kind=CauseKind.SIGNAL, signal=2), 2),
+        (Cause(kind=CauseKind.SIGNAL, signal=15), 15),
+        (Cause(kind=CauseKind.EXIT, exit_code=75), 15),
+        (Cause(kind=CauseKind.EXIT, exit_code=1), 0),
+    ],
+)
+def test_ranks_that_were_not_told_to_go_are_told_by_the_end_of_one_that_was(cause, leaving):
+    job, _ = play(died(1, 0, cause=cause), job=RUNNING)
+    assert directive(job, 0, 0).leaving == leaving
+    job, _ = play(events.Preempted(rank=1), died(1, 0, cause=cause), job=RUNNING)
+    assert directive(job, 0, 0).leaving == (leaving or 15)
+
+
 def test_a_death_of_an_older_generation_changes_nothing():
     second, _ = play(ready(0, 1), ready(1, 1), job=ENDING)
     for late in (died(0, 0), finished(0, 0), ready(0, 1), ready(0, 0)):

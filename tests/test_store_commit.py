@@ -257,7 +257,8 @@ def test_commit_refuses_when_a_file_is_not_there(root: Path, monkeypatch: pytest
         store.commit(3, 0, 1, parts, {"certified": True})
     # As on NFS: the file of another host is seen some time later.
     monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 20.0)
-    timer = threading.Timer(0.3, lambda: path.write_bytes(kept))
+    path.with_suffix(".late").write_bytes(kept)
+    timer = threading.Timer(0.3, lambda: path.with_suffix(".late").rename(path))
     timer.start()
     store.commit(3, 0, 1, parts, {"certified": True})
     timer.join()

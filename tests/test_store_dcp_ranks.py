@@ -256,16 +256,18 @@ def silent_server() -> Iterator[str]:
 
 
 def save_and_load_on_silence(rank: int, world_size: int) -> list[str]:
+    import s3fs  # noqa: F401 - now, so that the time limits are spent on the server
+
     texts = []
     began = time.monotonic()
     for go in (
-        lambda: dcp.save({"x": torch.ones(1)}, storage_writer=ArcWriter("s3://bucket/x", step=1, timeout_s=1.0)),
-        lambda: dcp.load({"x": torch.ones(1)}, storage_reader=ArcReader("s3://bucket/x", timeout_s=1.0)),
+        lambda: dcp.save({"x": torch.ones(1)}, storage_writer=ArcWriter("s3://bucket/x", step=1, timeout_s=2.0)),
+        lambda: dcp.load({"x": torch.ones(1)}, storage_reader=ArcReader("s3://bucket/x", timeout_s=2.0)),
     ):
         with checkpoint_fails() as caught:
             go()
         texts.append(failures(caught[0]))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 45  # the group's timeout is 60 s
     return texts
 
 
@@ -275,7 +277,7 @@ def test_storage_that_hangs_is_an_error_before_the_groups_timeout(silent_server:
     env = {"AWS_ENDPOINT_URL": silent_server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     for texts in run_ranks(2, save_and_load_on_silence, env=env):
         for text in texts:
-            assert "storage did not answer within 1 s" in text
+            assert "storage did not answer within 2 s" in text
 
 
 def die_while_saving(rank: int, world_size: int, root: str) -> str:

@@ -480,19 +480,23 @@ def test_a_slow_tier_that_fails_is_told_once_and_tried_again(tmp_path, monkeypat
 
 def test_what_a_rollback_gave_up_is_in_quarantine_in_every_tier_for_the_next_job(tmp_path):
     two_tiers(tmp_path)
-    job = guarded(Toy(steps=12), store=f"{tmp_path}/fast, {tmp_path}/slow", checkpoint_every=5)
+    job = guarded(Toy(steps=14), store=f"{tmp_path}/fast, {tmp_path}/slow", checkpoint_every=5)
     tiers = Tiers(parse_tiers(f"{tmp_path}/fast, {tmp_path}/slow"))
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     for step in job.steps:
         job.arc._engine._checkpointer.wait()
-        if step.number == 12:
-            deadline = time.monotonic() + 20
-            while tiers.holders().get(10) != [0, 1] and time.monotonic() < deadline:
-                time.sleep(0.02)
+        if step.number == 14:
+            wait_for(lambda: tiers.holders().get(10) == [0, 1])
+            assert [store.newest().step for store in tiers.stores] == [10, 10]
             job.arc._engine._abandon(6, 11)  # what the guard says when it goes back to step 5
-            while not all(store.newest().step == 5 for store in tiers.stores) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert [store.newest().step for store in tiers.stores] == [5, 5]
-    assert [info.step for info in tiers.steps() if info.certified] == [5, 12]
+            wait_for(lambda: [store.newest().step for store in tiers.stores] == [5, 5])
+    assert [info.step for info in tiers.steps() if info.certified] == [5, 14]
 
 
 def test_arc_ls_shows_which_tier_holds_which_step(tmp_path, capsys):

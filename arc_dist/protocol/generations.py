@@ -69,6 +69,9 @@ from arc_dist.protocol.events import (
 from arc_dist.protocol.job import Job, JobConfig, Phase, Stop
 from arc_dist.protocol.pick import Restored, pick
 
+_SIGTERM = 15
+_TOLD_TO_GO = (1, 2, 3, _SIGTERM)  # SIGHUP, SIGINT, SIGQUIT
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -368,14 +371,14 @@ class Directive:
     """An order about `generation`, with its reason.
 
     Attributes:
-        leaving: with `END`: because the job was told to go. A process that has not heard of it yet has to be told, and
-            left the time to save what it wants.
+        leaving: with `END`: number of the signal by which the job was told to go, 0 if it was not. A process that has
+            not got it yet is to get it, and the time to save what it wants.
     """
 
     order: Order
     generation: int
     reason: str = ""
-    leaving: bool = False
+    leaving: int = 0
 
 
 def directive(job: Job, rank: int, generation: int) -> Directive:
@@ -397,13 +400,19 @@ def directive(job: Job, rank: int, generation: int) -> Directive:
         return Directive(order=Order.RUN, generation=present, reason=job.plan.reason if job.plan else "")
     if job.phase is Phase.ENDING and (generation == present or rank not in job.ready):
         root = budgets.root_of(job.deaths)
-        leaving = job.preempted or root.cause.exit_code == ExitCode.PREEMPTED
-        return Directive(order=Order.END, generation=present, reason=str(root), leaving=leaving)
+        return Directive(order=Order.END, generation=present, reason=str(root), leaving=_leaving(job, root))
     if job.phase is Phase.RUNNING:
         return Directive(order=Order.END, generation=present, reason=f"generation {present} runs; say ready again")
     if job.phase is Phase.STARTING and generation == present and rank not in job.ready:
         return Directive(order=Order.END, generation=present - 1, reason="say ready again")
     return Directive(order=Order.WAIT, generation=generation)
+
+
+def _leaving(job: Job, root: Death) -> int:
+    """The signal that the launcher or a person ends this job with, as far as one rank's end tells."""
+    if root.cause.signal in _TOLD_TO_GO:
+        return root.cause.signal
+    return _SIGTERM if job.preempted or root.cause.exit_code == ExitCode.PREEMPTED else 0
 
 
 def is_behind(job: Job, generation: int) -> bool:

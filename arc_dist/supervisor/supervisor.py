@@ -153,7 +153,7 @@ class Supervisor:
                     return ending
                 directive = self._take_directive(generation)
             if directive["kind"] == "end":
-                self._part_and_kill(directive["reason"], leaving=bool(directive.get("leaving")))
+                self._part_and_kill(directive["reason"], leaving=int(directive.get("leaving", 0)))
                 trainer = self._trainers.current
                 if trainer is not None and trainer.returncode is not None and self._is_leaving(trainer.returncode):
                     return self._leave(trainer, self._trainers.cause_of(trainer))
@@ -280,13 +280,14 @@ class Supervisor:
         generation = trainer.generation
         return {"rank": self._setup.rank, "generation": generation, "cause": cause.to_wire(), "step": step}
 
-    def _part_and_kill(self, reason: str, *, leaving: bool = False) -> None:
+    def _part_and_kill(self, reason: str, *, leaving: int = 0) -> None:
         """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so.
 
         Args:
             reason: for the log.
-            leaving: the job was told to go. A script that saves its own state at SIGTERM gets one, as it would under
-                torchrun: from the launcher, which may be slower than the other ranks are, else from here.
+            leaving: number of the signal by which the job was told to go, 0 if it was not. A script that does something
+                of its own then gets it too, as it would under torchrun: from the launcher, which may be slower than the
+                other ranks are, else from here.
         """
         trainer = self._trainers.current
         if trainer is None:
@@ -300,7 +301,7 @@ class Supervisor:
             if leaving and phase is layout.Phase.NONE:
                 limit_s = _PARTING_LIMIT_S
                 if waited_s >= _LAUNCHER_SIGNAL_S and self._leaving_by is None and not told:
-                    self._trainers.forward(signal.SIGTERM)
+                    self._trainers.forward(leaving)
                     told = True
             if self._leaving_by is not None:
                 limit_s = _PARTING_LIMIT_S  # it is leaving by itself, with its state
