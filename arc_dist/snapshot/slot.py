@@ -279,6 +279,8 @@ def copy_in(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
 
     The GPU branch has not been tested on a GPU yet.
     """
+    if not tensors:
+        return  # all that there is lies in a base
     with torch.no_grad():
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         if not devices:
