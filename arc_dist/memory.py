@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from arc_dist.config import Env
 from arc_dist.healing.vote import Voter
 from arc_dist.settings import Settings
 from arc_dist.snapshot import layout
-from arc_dist.snapshot.form import Form, Room, choose_form, measure_room
+from arc_dist.snapshot.form import (
+    MEMORY_FILE_SYSTEMS,
+    Form,
+    Room,
+    choose_form,
+    file_system_type,
+    measure_room,
+)
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.snapshot.tensors import local
@@ -39,6 +47,12 @@ def open_ring(state: TrainingState, settings: Settings, voter: Voter, env: Env, 
         logger.warning(
             "snapshots hold weights rounded to bfloat16: a rollback, and every checkpoint, has them with a relative "
             "error of up to 2**-8. Optimizer state and buffers are exact. snapshot_form='full' is exact in all"
+        )
+    if form is Form.DISK and (kind := file_system_type(Path(tempfile.gettempdir()))) in MEMORY_FILE_SYSTEMS:
+        logger.warning(
+            "snapshots are to lie on disk, but %s is a memory file system (%s): set TMPDIR to a directory on a disk",
+            tempfile.gettempdir(),
+            kind,
         )
     rounds = state.is_parameter if form is Form.BF16 else None
     return SnapshotRing(env.shm_dir, slots=slots, root=env.shm_root, form=form, rounds=rounds)

@@ -464,6 +464,22 @@ def test_auto_looks_at_the_real_file_system(
     ring.close()
 
 
+def test_a_temporary_directory_in_memory_is_warned_of(
+    tmpfs_of_mb: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, _ = make_training()
+    settings = Settings(snapshot_form="disk")
+    root = tmpfs_of_mb(8)
+    assert form_module.file_system_type(root) == "tmpfs"
+    for directory, warnings in ((root.parent, 0), (root, 1)):
+        monkeypatch.setattr("tempfile.tempdir", str(directory))
+        if form_module.file_system_type(directory) == "tmpfs":
+            warnings = 1
+        open_ring(state, settings, Voter(), Env(shm_root=root), slots=2).close()
+        assert len([record for record in caplog.records if "is a memory file system" in record.message]) == warnings
+        caplog.clear()
+
+
 def test_the_estimate_of_a_state_is_that_of_adam() -> None:
     state, step = make_training()
     before = expected_bytes(state)

@@ -20,6 +20,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 _RESERVE_DIVISOR = 10  # of each memory, a tenth stays free for what is not ours
 
 
@@ -110,6 +111,18 @@ def measure_room(root: Path, state_bytes: int, slots: int, held_bytes: int) -> R
         ram_total=ram_total,
         ram_free=ram_free,
     )
+
+
+def file_system_type(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The kind of file system that `path` lies on (ext4, tmpfs, ...), or "" when the kernel does not tell."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        # proc(5): mount id, parent id, major:minor, root, mount point, options, optional fields, "-", type, ...
+        fields = line.split()
+        if fields[2] == wanted:
+            return fields[fields.index("-") + 1]
+    return ""
 
 
 def _host() -> str:
