@@ -176,7 +176,7 @@ def measure_forms(title: str, state: TrainingState, step: Callable[[], None], bl
     for number in range(_WARM_UP + blocks):
         step()
         small = state.small()
-        took = {None: timeit.timeit(bare, number=1)}
+        took: dict[Form | None, float] = {None: timeit.timeit(bare, number=1)}
         for form in forms if number % 2 else reversed(forms):
             ring = rings[form]
             took[form] = timeit.timeit(lambda: ring.capture(number, 0, specs, tensors, small), number=1)  # noqa: B023
