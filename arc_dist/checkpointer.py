@@ -20,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 from arc_dist.checkpoint_store.codec import encode
-from arc_dist.checkpoint_store.format import ShardTensor
+from arc_dist.checkpoint_store.format import ShardTensor, dtype_name
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.tiers import Tiers
 from arc_dist.checkpoint_store.writer import SaveAborted
 from arc_dist.connect import Client
 from arc_dist.errors import ArcError, StoreError, StoreFull, StoreTransient
+from arc_dist.snapshot.plan import ROUNDED
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.telemetry.log import logger
 
@@ -251,7 +252,13 @@ class Checkpointer:
         specs, tensors, small = self._ring.restore(saving.slot)
         # Small tensors inside objects (states of generators, running statistics) go into the JSON.
         encoded, _ = encode(small, inline=True)
-        shards = [ShardTensor(spec, tensor) for spec, tensor in zip(specs, tensors, strict=True)]
+        shards = [
+            ShardTensor(spec, tensor, widens=dtype_name(tensor.dtype) != spec.dtype)
+            for spec, tensor in zip(specs, tensors, strict=True)
+        ]
+        about = dict(small.get("about") or {})
+        if any(shard.widens for shard in shards):
+            about["weights"] = f"rounded to {ROUNDED}"
 
         def should_stop() -> bool:
             return self._stopping.is_set() or saving.is_left_alone or time.monotonic() > saving.deadline
@@ -266,7 +273,7 @@ class Checkpointer:
                 objects=encoded,
                 should_abort=should_stop,
                 pace=self._pace,
-                about=small.get("about"),
+                about=about,
             )
 
         try:

@@ -28,12 +28,12 @@ from arc_dist.data.source import ENDLESS, BatchSource
 from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter, agree, require_equal_settings
+from arc_dist.memory import open_ring
 from arc_dist.parallel import Parallelism, ddp_modules, gradients_reach_all, parallelism
 from arc_dist.protocol.flags import Flag
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
 from arc_dist.snapshot.record import StepRecord
-from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.rng import RngState, capture_rng
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger, set_up_logging
@@ -108,8 +108,7 @@ class Engine:
         require_equal_settings(self.voter, {**comparable, "model": self.state.signature()})
         self._start_coordinator()
         store = self._open_store()
-        slots = settings.snapshots + (store is not None)
-        self.ring = SnapshotRing(env.shm_dir, slots=slots, root=env.shm_root)
+        self.ring = open_ring(self.state, settings, self.voter, env, slots=settings.snapshots + (store is not None))
         self._closers.append(self.ring.close)
         if store is not None:
             self._checkpointer = Checkpointer(

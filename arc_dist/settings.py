@@ -8,6 +8,7 @@ from typing import Any
 from arc_dist.errors import ConfigError
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
 from arc_dist.protocol.healing import HealingPolicy
+from arc_dist.snapshot.form import Form
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class Settings:
             `snapshot_cost` of the step time.
         snapshot_cost: share of the step time that snapshots may take when `snapshot_every` is None.
         snapshots: snapshots kept in memory, at least 2 (one certified, one being certified).
+        snapshot_form: how they are held. "full": every tensor in each. "incremental": what does not change is held
+            once, exact. "disk": in files in $TMPDIR, exact. "auto": "full" or, where that does not fit into memory,
+            "disk". "bf16": float32 and float64 parameters are rounded to bfloat16, so that a rollback, and a
+            checkpoint, has weights with a relative error of up to 2**-8; all else is exact.
         certify_after: healthy verdicts after which a snapshot is trusted.
         checkpoint_every: updates between two checkpoints in the store; None writes one at the end and when preempted.
         max_bytes_per_s: bound on the rate at which a rank writes checkpoints in the background; None for none.
@@ -41,6 +46,7 @@ class Settings:
     snapshot_every: int | None = None
     snapshot_cost: float = 0.005
     snapshots: int = 2
+    snapshot_form: str = "full"
     certify_after: int = 2
     checkpoint_every: int | None = None
     max_bytes_per_s: float | None = None
@@ -60,6 +66,8 @@ class Settings:
             value = getattr(self, name)
             _require(name, value, value is None or value >= 1, "1 or more, or None")
         _require("snapshots", self.snapshots, self.snapshots >= 2, "2 or more: one is trusted while one is proven")
+        forms = [form.value for form in Form]
+        _require("snapshot_form", self.snapshot_form, self.snapshot_form in forms, f"one of {', '.join(forms)}")
         _require("snapshot_cost", self.snapshot_cost, 0.0 < self.snapshot_cost <= 1.0, "in (0, 1]")
         _require(
             "max_grad_norm",

@@ -20,7 +20,7 @@ def write_slot(
     directory: Path, slot: int = 0, *, step: int = 7, certified: bool = False, parting: bool = False
 ) -> Path:
     """A slot with four bytes of tensor, written as the ring does it."""
-    entry = TableEntry("model.w", "uint8", (4,), (4,), (0,), True, layout.PAGE_BYTES, 4)
+    entry = TableEntry("model.w", "uint8", (4,), (4,), (0,), True, layout.PAGE_BYTES, 4, "uint8")
     table, small = layout.encode_table([entry]), b"small"
     table_offset = layout.PAGE_BYTES + 64
     small_offset = layout.align(table_offset + len(table))
@@ -80,7 +80,7 @@ def test_no_flipped_bit_of_the_header_goes_unnoticed(tmp_path: Path) -> None:
     path = write_slot(tmp_path)
     good = path.read_bytes()
     (before,) = layout.inspect(tmp_path)
-    for position in range(17 * 8):
+    for position in range(19 * 8):
         for bit in (0, 7):
             damaged = bytearray(good)
             damaged[position] ^= 1 << bit

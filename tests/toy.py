@@ -45,12 +45,12 @@ class Noise(Dataset[Batch]):
 class Net(nn.Module):
     """Three layers with dropout, a norm with running statistics when asked, and an uneven width."""
 
-    def __init__(self, *, batch_norm: bool = False) -> None:
+    def __init__(self, *, batch_norm: bool = False, width: int = 33) -> None:
         super().__init__()
-        self.first = nn.Linear(16, 33)
-        self.norm = nn.BatchNorm1d(33) if batch_norm else nn.LayerNorm(33)
-        self.second = nn.Linear(33, 33)
-        self.last = nn.Linear(33, 4)
+        self.first = nn.Linear(16, width)
+        self.norm = nn.BatchNorm1d(width) if batch_norm else nn.LayerNorm(width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.dropout(self.norm(self.first(x)).relu(), 0.1, self.training)
@@ -71,11 +71,16 @@ class Toy:
     workers: int = 0
     steps: int = 30
     samples: int = 4096
+    frozen: bool = False  # the layers in the middle are not trained
+    width: int = 33
 
 
 def build_model(toy: Toy) -> nn.Module:
     torch.manual_seed(3)
-    model = Net(batch_norm=toy.batch_norm)
+    model = Net(batch_norm=toy.batch_norm, width=toy.width)
+    if toy.frozen:
+        model.norm.requires_grad_(False)
+        model.second.requires_grad_(False)
     torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))  # dropout differs between ranks
     if toy.kind == "ddp":
         return DistributedDataParallel(model)

@@ -132,10 +132,19 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardTensor:
-    """A spec with its bytes. `data` is on the CPU and may be a view of shared memory; it is only read."""
+    """A spec with its bytes. `data` is on the CPU and may be a view of shared memory; it is only read.
+
+    With `widens`, `data` has a narrower dtype than the spec, which holds all its values; it is converted while it is
+    written, one tensor at a time.
+    """
 
     spec: TensorSpec
     data: torch.Tensor
+    widens: bool = False
+
+    def values(self) -> torch.Tensor:
+        """The data in the spec's dtype."""
+        return self.data.to(torch_dtype(self.spec.dtype)) if self.widens else self.data
 
 
 def dtype_name(dtype: torch.dtype) -> str:

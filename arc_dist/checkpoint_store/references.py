@@ -369,7 +369,7 @@ def _place_of(spec: TensorSpec, places: Mapping[_Key, Place]) -> Place | None:
 
 
 def _digest(tensor: ShardTensor, check_abort: Callable[[], None]) -> str:
-    data = plain(tensor.data)  # kept alive while its memory is viewed
+    data = plain(tensor.values())  # kept alive while its memory is viewed
     view = as_bytes(data)
     hasher = new_hash(DEFAULT_HASH)
     for begin in range(0, len(view), _BLOCK_BYTES):

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from arc_dist.checkpoint_store.backends import Backend, Sink
 from arc_dist.checkpoint_store.buffers import as_bytes, plain
 from arc_dist.checkpoint_store.format import (
@@ -31,6 +33,7 @@ from arc_dist.checkpoint_store.format import (
     objects_name,
     replicated_digest,
     shard_name,
+    torch_dtype,
 )
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.references import Place, Unchanged
@@ -61,7 +64,7 @@ def select(tensors: Sequence[ShardTensor], rank: int, world_size: int) -> list[S
         if spec.name in names:
             raise ConfigError(f"tensor {spec.name} appears twice in the state of one rank. Give each its own name.")
         names.add(spec.name)
-        if tuple(tensor.data.shape) != tuple(spec.shape) or dtype_name(tensor.data.dtype) != spec.dtype:
+        if tuple(tensor.data.shape) != tuple(spec.shape) or not _has_dtype(tensor):
             raise ConfigError(
                 f"tensor {spec.name}: its data is {dtype_name(tensor.data.dtype)} {list(tensor.data.shape)}, its spec "
                 f"says {spec.dtype} {list(spec.shape)}. Make the specs anew after changing the state.",
@@ -72,6 +75,13 @@ def select(tensors: Sequence[ShardTensor], rank: int, world_size: int) -> list[S
         if mine:
             chosen.append(tensor)
     return chosen
+
+
+def _has_dtype(tensor: ShardTensor) -> bool:
+    if not tensor.widens:
+        return dtype_name(tensor.data.dtype) == tensor.spec.dtype
+    wanted = torch_dtype(tensor.spec.dtype)
+    return torch.promote_types(tensor.data.dtype, wanted) == wanted
 
 
 def write_rank(
@@ -222,7 +232,7 @@ def _stream(
     before_block: Callable[[int], None],
 ) -> str:
     """Writes one tensor's bytes while `pool` hashes them; returns the digest."""
-    data = plain(tensor.data)  # the tensor itself in the usual case; kept alive while its memory is viewed
+    data = plain(tensor.values())  # the tensor itself in the usual case; kept alive while its memory is viewed
     view = as_bytes(data)
     hasher = new_hash(DEFAULT_HASH)
     if len(view) <= _SMALL_BYTES:

@@ -5,15 +5,17 @@ Standard library only: a supervisor reads here what a training process wrote, al
 A directory (`directory.py` makes and collects them) holds::
 
     slot-<k>.bin     one snapshot each: header page | tensor bytes | table (JSON) | small objects
+    base-<n>.bin     bytes of tensors that several snapshots have in common (base.py)
     status           one page that the training process updates without a system call
     record-<k>.bin   the newest step boundary (record.py)
     exception.json   the uncaught exception that ended the training process
 
 **Torn writes.** The fault is: the writer dies (SIGKILL) between any two of its stores. Memory survives the process,
 so what was stored stays stored, in program order. A slot's state word is therefore set to WRITING before anything
-else of the slot is touched, and to VALID after everything else; `inspect` lists VALID slots only. The status page
-and the records are double-buffered behind a sequence number for the same reason. Loss of power is not in this fault
-model: nothing here survives it, and the checkpoint store is for that.
+else of the slot is touched, and to VALID after everything else; `inspect` lists VALID slots only. A base is written
+before the first slot that names it is sealed, never after, and removed only when no VALID slot names it. The status
+page and the records are double-buffered behind a sequence number for the same reason. Loss of power is not in this
+fault model: nothing here survives it, and the checkpoint store is for that.
 
 All words are native: the memory is never seen by another machine.
 """
@@ -37,11 +39,12 @@ from arc_dist.errors import ArcError
 
 PAGE_BYTES = 4096
 ALIGN_BYTES = 64  # of every tensor: a cache line, and more than any dtype needs
-VERSION = 1
+VERSION = 2
 
 _MAGIC = b"ARCSLOT\x00"
-_HEADER = struct.Struct("@8s16Q")  # the words of `_Word`, after the magic
+_HEADER = struct.Struct("@8s18Q")  # the words of `_Word`, after the magic
 _SLOT_NAME = re.compile(r"slot-(\d+)\.bin")
+_BASE_NAME = re.compile(r"base-(\d+)\.bin")
 
 
 class SlotState(enum.IntEnum):
@@ -70,7 +73,9 @@ class _Word(enum.IntEnum):
     SMALL_BYTES = 13
     SMALL_CRC = 14
     FILE_BYTES = 15
-    HEADER_CRC = 16
+    BASE = 16
+    BASE_BYTES = 17
+    HEADER_CRC = 18
 
 
 _FLAG_PARTING = 1
@@ -90,7 +95,7 @@ class SlotInfo:
         step: number of committed steps that the state contains (0: before the first).
         generation: the generation that wrote it.
         certified: enough healthy verdicts followed for it to be trusted.
-        nbytes: bytes of tensors in it.
+        nbytes: bytes of the tensors that it gives back, wherever and however they are held.
         parting: written by a rank that had lost a peer, at the last committed step.
         replicated: every tensor is the same on all ranks (plain DDP), so that a peer's copy can be used.
         sequence: grows with every snapshot written to the directory; the higher of two was written later.
@@ -108,7 +113,10 @@ class SlotInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SlotHeader:
-    """The sealed part of a slot's header, and where its table and small objects lie (bytes from the file's start)."""
+    """The sealed part of a slot's header, and where its table and small objects lie (bytes from the file's start).
+
+    `base` is the number of the base file that holds some of its tensors, and `base_bytes` its size; 0 for none.
+    """
 
     sequence: int
     step: int
@@ -123,11 +131,17 @@ class SlotHeader:
     small_bytes: int
     small_crc: int
     file_bytes: int
+    base: int = 0
+    base_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TableEntry:
-    """Where one tensor lies in a slot. The table is JSON of these: a slot can be read knowing nothing of the model."""
+    """Where one tensor lies in a slot. The table is JSON of these: a slot can be read knowing nothing of the model.
+
+    `held` is the dtype of the `nbytes` bytes at `byte_offset`; a tensor of another `dtype` was rounded to it. With
+    `in_base` the offset is one in the base file.
+    """
 
     name: str
     dtype: str
@@ -137,11 +151,18 @@ class TableEntry:
     replicated: bool
     byte_offset: int
     nbytes: int
+    held: str
+    in_base: bool = False
 
 
 def slot_path(directory: Path, slot: int) -> Path:
     """The file of a slot."""
     return directory / f"slot-{slot}.bin"
+
+
+def base_path(directory: Path, number: int) -> Path:
+    """The file of a base; numbers begin with 1."""
+    return directory / f"base-{number}.bin"
 
 
 def align(nbytes: int, to: int = ALIGN_BYTES) -> int:
@@ -166,7 +187,8 @@ def seal(buffer: memoryview, header: SlotHeader) -> None:
         buffer, 0, _MAGIC, VERSION, SlotState.WRITING, 0,
         header.sequence, header.step, header.generation, flags, header.tensor_bytes,
         header.table_offset, header.table_bytes, header.table_crc,
-        header.small_offset, header.small_bytes, header.small_crc, header.file_bytes, 0,
+        header.small_offset, header.small_bytes, header.small_crc, header.file_bytes,
+        header.base, header.base_bytes, 0,
     )  # fmt: skip
     words = buffer[:PAGE_BYTES].cast("Q")
     words[_Word.HEADER_CRC] = _header_crc(buffer)
@@ -222,6 +244,8 @@ def read_header(buffer: memoryview | bytes) -> SlotHeader | None:
         small_bytes=words[_Word.SMALL_BYTES],
         small_crc=words[_Word.SMALL_CRC],
         file_bytes=words[_Word.FILE_BYTES],
+        base=words[_Word.BASE],
+        base_bytes=words[_Word.BASE_BYTES],
     )
 
 
@@ -254,18 +278,37 @@ def inspect(directory: Path | str) -> list[SlotInfo]:
             continue
         header = read_header(page)
         info = slot_info(slot, page)
-        if header is not None and info is not None and header.file_bytes <= size:
+        if header is not None and info is not None and header.file_bytes <= size and has_base(Path(directory), header):
             found.append(info)
     return found
 
 
 def slot_files(directory: Path) -> list[tuple[int, Path]]:
     """The slot files of a directory with their numbers, in order; none when there is no such directory."""
+    return _numbered(directory, _SLOT_NAME)
+
+
+def base_files(directory: Path) -> list[tuple[int, Path]]:
+    """The base files of a directory with their numbers, in order; none when there is no such directory."""
+    return _numbered(directory, _BASE_NAME)
+
+
+def has_base(directory: Path, header: SlotHeader) -> bool:
+    """Whether the base that a slot needs is there; True when it needs none."""
+    if not header.base:
+        return True
+    try:
+        return base_path(directory, header.base).stat().st_size >= header.base_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _numbered(directory: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
-    return sorted((int(match[1]), directory / name) for name in names if (match := _SLOT_NAME.fullmatch(name)))
+    return sorted((int(match[1]), directory / name) for name in names if (match := pattern.fullmatch(name)))
 
 
 def read_table(buffer: memoryview, header: SlotHeader) -> list[TableEntry]:

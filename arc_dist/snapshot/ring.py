@@ -16,7 +16,7 @@ import logging
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,13 @@ from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.config import Env
 from arc_dist.errors import ConfigError
 from arc_dist.snapshot import layout
+from arc_dist.snapshot.base import Bases
 from arc_dist.snapshot.directory import OwnedDirectory
+from arc_dist.snapshot.form import Form
+from arc_dist.snapshot.incremental import Sharing
 from arc_dist.snapshot.layout import SlotInfo
-from arc_dist.snapshot.slot import Plan, Slot, Snapshot, pack_small, read_peer
+from arc_dist.snapshot.plan import Plan
+from arc_dist.snapshot.slot import Slot, Snapshot, pack_small, read_peer
 
 _logger = logging.getLogger(__name__)
 
@@ -72,21 +76,36 @@ class SnapshotRing:
     Args:
         directory: this rank's directory, made by its supervisor. None makes a private one that is removed by `close`,
             or by the next job of the same user when this process dies.
-        slots: number of slots; each takes as much memory as the state has bytes.
+        slots: number of slots; each takes as much memory as the state has bytes, or less: see `form`.
         root: the memory file system for a private directory; default: what ARC_SHM_ROOT says.
+        form: how snapshots are held; not `Form.AUTO`. What an earlier process held in another form can be read.
+        rounds: with `Form.BF16`: says by name which tensors are rounded, if they are wider than 16 bit.
 
     Memory is reserved at the first capture and when the state grows (after the optimizer's first step). What the
     memory file system cannot hold goes to $TMPDIR, with a warning.
     """
 
-    def __init__(self, directory: Path | str | None = None, *, slots: int = 2, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str | None = None,
+        *,
+        slots: int = 2,
+        root: Path | None = None,
+        form: Form = Form.FULL,
+        rounds: Callable[[str], bool] | None = None,
+    ) -> None:
         if slots < 2:
             raise ConfigError(f"slots={slots}: at least 2 are needed, one trusted while another is proven", slots=slots)
+        assert form is not Form.AUTO, "a form must have been chosen"
+        assert (form is Form.BF16) == (rounds is not None)
         self.refusal: str | None = None  # why the last capture was refused, None when it was not
         self._given = None if directory is None else Path(directory)
         self._root = root
         self._num_slots = slots
         self._owned: OwnedDirectory | None = None
+        self._form = form
+        self._rounds = rounds
+        self._sharing: Sharing | None = None
         self._slots: dict[int, Slot] = {}
         self._closed = False
         self._pins: Counter[int] = Counter()
@@ -119,21 +138,28 @@ class SnapshotRing:
         """
         plan = self._plan
         if plan is None or plan.specs is not specs:
-            plan = self._plan = Plan(specs)
+            plan = self._plan = Plan(specs, rounds=self._rounds)
         plan.require_fit(tensors)
         blob = pack_small(small)
         slots = self._open()
         infos = {number: slot.info() for number, slot in slots.items()}
+        sharing = self._sharing
+        if sharing is not None:
+            sharing.compare(plan, tensors, step)
         with self._lock:
             chosen, reason = choose_slot(infos, list(self._pins), step)
             if chosen is None:
                 self.refusal = reason
                 return None
             slots[chosen].drop()  # a pin that comes now must not find the old snapshot
+        if sharing is not None:
+            plan = sharing.place(plan, tensors, slots[chosen])
         sequence = 1 + max((info.sequence for info in infos.values() if info is not None), default=0)
         written = slots[chosen].write(
             plan, tensors, blob, step=step, generation=generation, parting=parting, sequence=sequence
         )
+        if sharing is not None:
+            sharing.remove_unused()
         if not written:
             self.refusal = f"no room for {plan.tensor_bytes / 1e6:.1f} MB in memory or in {tempfile.gettempdir()}"
             _logger.error("no snapshot of step %d: %s. Training goes on with less protection", step, self.refusal)
@@ -221,7 +247,7 @@ class SnapshotRing:
         self._closed = True
         for slot in self._slots.values():
             slot.close()
-        self._slots = {}
+        self._slots, self._sharing = {}, None
         if self._owned is not None:
             self._owned.close()
             self._owned = None
@@ -242,7 +268,19 @@ class SnapshotRing:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             # What an earlier generation left is adopted, also when it had more slots.
             numbers = set(range(self._num_slots)) | {number for number, _ in layout.slot_files(path)}
-            self._slots = {number: Slot(layout.slot_path(path, number), number) for number in sorted(numbers)}
+            bases = Bases(path)
+            self._slots = {
+                number: Slot(
+                    layout.slot_path(path, number),
+                    number,
+                    bases,
+                    on_disk=self._form is Form.DISK,
+                    compact=self._form is Form.INCREMENTAL,
+                )
+                for number in sorted(numbers)
+            }
+            if self._form is Form.INCREMENTAL:
+                self._sharing = Sharing(bases, self._slots)
         return self._slots
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ import torch
 
 from arc_dist.checkpoint_store.codec import decode, encode
 from arc_dist.checkpoint_store.format import TensorSpec
-from arc_dist.errors import ConfigError
-from arc_dist.snapshot import directory, layout
-from arc_dist.snapshot.layout import SlotDamaged, SlotHeader, SlotInfo, TableEntry
+from arc_dist.snapshot import layout
+from arc_dist.snapshot.base import Bases
+from arc_dist.snapshot.layout import SlotDamaged, SlotHeader, SlotInfo
+from arc_dist.snapshot.plan import Plan
+from arc_dist.snapshot.reserve import open_file, remove, reserve
 from arc_dist.snapshot.tensors import bytes_of, tensor_of
 
 _logger = logging.getLogger(__name__)
 
 _SMALL_HEADROOM_BYTES = 256 << 10  # small objects grow a little with time; a slot need not grow with them
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOB_HEAD = struct.Struct("<Q")
 
 
@@ -36,7 +36,8 @@ class Snapshot:
 
     Attributes:
         specs: of the tensors.
-        tensors: views of the slot's memory, valid until the slot is written again; read only.
+        tensors: views of the slot's memory, valid until the slot is written again; read only. One that is held
+            rounded has a narrower dtype than its spec.
         small: the small objects, decoded; independent of the slot.
         info: step, generation and so on.
     """
@@ -60,55 +61,23 @@ class Snapshot:
             )
 
 
-class Plan:
-    """Where each tensor of a state lies in a slot; made once per list of specs."""
-
-    def __init__(self, specs: list[TensorSpec]) -> None:
-        self.specs = specs
-        self.replicated = all(spec.replicated for spec in specs)
-        self.dtypes = [getattr(torch, spec.dtype) for spec in specs]
-        self.numel = [torch.Size(spec.shape).numel() for spec in specs]
-        entries: list[TableEntry] = []
-        offset = layout.PAGE_BYTES
-        for spec, dtype, numel in zip(specs, self.dtypes, self.numel, strict=True):
-            nbytes = numel * dtype.itemsize
-            entries.append(
-                TableEntry(
-                    name=spec.name,
-                    dtype=spec.dtype,
-                    shape=spec.shape,
-                    global_shape=spec.global_shape,
-                    offsets=spec.offsets,
-                    replicated=spec.replicated,
-                    byte_offset=offset,
-                    nbytes=nbytes,
-                )
-            )
-            offset += layout.align(nbytes)
-        self.entries = entries
-        self.tensor_bytes = sum(entry.nbytes for entry in entries)
-        self.table = layout.encode_table(entries)
-        self.table_crc = zlib.crc32(self.table)
-        self.table_offset = offset
-        self.small_offset = layout.align(offset + len(self.table))
-
-    def require_fit(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raises ConfigError unless the tensors are what the specs say: a copy would cast or repeat them silently."""
-        if [t.dtype for t in tensors] != self.dtypes or [t.numel() for t in tensors] != self.numel:
-            raise ConfigError("the tensors given to a snapshot differ from their specs in number, dtype or size")
-
-
 class Slot:
     """A slot's file and its mapping. One process writes it; see layout.py for what a reader may see.
 
     Args:
         path: of the file; it need not exist.
         number: of the slot.
+        bases: of the same directory.
+        on_disk: the file is to lie in $TMPDIR.
+        compact: the file becomes smaller when less is to be held.
     """
 
-    def __init__(self, path: Path, number: int) -> None:
+    def __init__(self, path: Path, number: int, bases: Bases, *, on_disk: bool = False, compact: bool = False) -> None:
         self.number = number
         self._path = path
+        self._bases = bases
+        self._on_disk = on_disk
+        self._compact = compact
         self._base: torch.Tensor | None = None  # all bytes of the file
         self._buffer = memoryview(bytes(layout.PAGE_BYTES))  # the same as a memoryview
         self._plan: Plan | None = None
@@ -116,13 +85,24 @@ class Slot:
         self._table_on_file: Plan | None = None
         self._pinned_address: int | None = None
         if path.exists() and path.stat().st_size >= layout.PAGE_BYTES:
-            self._map(_open(path))
+            self._map(open_file(path))
 
     # ------------------------------------------------------------------ reading
 
     def info(self) -> SlotInfo | None:
         """What the slot holds; None unless that is valid."""
         return layout.slot_info(self.number, self._buffer)
+
+    def base_number(self) -> int:
+        """The base that a valid slot needs; 0 for none."""
+        header = layout.read_header(self._buffer)
+        return header.base if header is not None else 0
+
+    def plan(self) -> Plan:
+        """How a valid slot is laid out."""
+        self.tensors()
+        assert self._plan is not None
+        return self._plan
 
     def tensors(self) -> tuple[list[TensorSpec], list[torch.Tensor]]:
         """The specs and views of a valid slot."""
@@ -142,11 +122,7 @@ class Slot:
         return Snapshot(specs, tensors, unpack_small(layout.read_small(self._buffer, header)), info, self._buffer)
 
     def _read_plan(self, header: SlotHeader) -> None:
-        entries = layout.read_table(self._buffer, header)
-        specs = [TensorSpec(e.name, e.dtype, e.shape, e.global_shape, e.offsets, e.replicated) for e in entries]
-        plan = Plan(specs)
-        if plan.entries != entries:
-            raise SlotDamaged(f"slot {self.number} was written with another layout; another snapshot must be used")
+        plan = Plan.read(self._buffer, header, self._bases.of(header), f"slot {self.number}")
         self._take_plan(plan)
         self._table_on_file = plan
 
@@ -170,7 +146,10 @@ class Slot:
             return False
         if self._plan is not plan:
             self._take_plan(plan)
-        copy_in(self._views, tensors)
+        if plan.own is None:
+            copy_in(self._views, tensors)
+        else:
+            copy_in([self._views[index] for index in plan.own], [tensors[index] for index in plan.own])
         buffer = self._buffer
         if self._table_on_file is not plan:
             buffer[plan.table_offset : plan.table_offset + len(plan.table)] = plan.table
@@ -192,6 +171,8 @@ class Slot:
                 small_bytes=len(small),
                 small_crc=zlib.crc32(small),
                 file_bytes=plan.small_offset + len(small),
+                base=plan.base.number if plan.base is not None else 0,
+                base_bytes=plan.base.nbytes if plan.base is not None else 0,
             ),
         )
         return True
@@ -209,31 +190,32 @@ class Slot:
         """Lets the mapping go, as far as no view of it is held; the file stays."""
         self._unmap()
 
+    def release(self) -> None:
+        """Gives the slot and its memory up; views taken before keep theirs."""
+        self.drop()
+        self._unmap()
+        remove(self._path)
+
     def _reserve(self, nbytes: int) -> bool:
         """Makes the file and its mapping large enough, all pages in place."""
+        if self._base is not None and self._is_misplaced(nbytes):
+            self.release()
         if self._base is not None and self._base.numel() >= nbytes:
             return True
-        nbytes = layout.align(nbytes + _SMALL_HEADROOM_BYTES, layout.PAGE_BYTES)
         self._unmap()
-        descriptor = _open(self._path)
-        # Without the reservation a full memory file system would answer a store with SIGBUS.
-        if not _allocate(descriptor, nbytes):
-            os.close(descriptor)
-            _logger.warning(
-                "no room for %.1f MB in %s: this snapshot slot goes to the temporary directory, where it is slower. "
-                "Give the memory file system more room (docker: --shm-size) or name another one in ARC_SHM_ROOT",
-                nbytes / 1e6,
-                self._path.parent,
-            )
-            self._path.unlink()
-            descriptor = os.open(directory.spill(self._path), os.O_RDWR | os.O_CLOEXEC)
-            if not _allocate(descriptor, nbytes):
-                os.close(descriptor)
-                directory.remove_spill(self._path)
-                return False
+        size = layout.align(nbytes + _SMALL_HEADROOM_BYTES, layout.PAGE_BYTES)
+        descriptor = reserve(self._path, size, on_disk=self._on_disk)
+        if descriptor is None:
+            return False
         self._map(descriptor)
         layout.begin_write(self._buffer)
         return True
+
+    def _is_misplaced(self, nbytes: int) -> bool:
+        """Whether the present file holds much more than is needed, or an earlier process had it in memory."""
+        assert self._base is not None
+        is_large = self._base.numel() > nbytes + nbytes // 8 + 2 * _SMALL_HEADROOM_BYTES
+        return (self._compact and is_large) or (self._on_disk and not self._path.is_symlink())
 
     def _map(self, descriptor: int) -> None:
         """Maps all of an open file, and closes the descriptor."""
@@ -267,18 +249,9 @@ class Slot:
 
     def _take_plan(self, plan: Plan) -> None:
         assert self._base is not None
-        self._views = views_of(self._base, plan)
+        self._views = plan.views(self._base)
         self._plan = plan
         self._table_on_file = None
-
-
-def views_of(base: torch.Tensor, plan: Plan) -> list[torch.Tensor]:
-    """The tensors of a slot whose bytes are `base`."""
-    views: list[torch.Tensor] = []
-    for entry, dtype in zip(plan.entries, plan.dtypes, strict=True):
-        part = base.narrow(0, entry.byte_offset, entry.nbytes)
-        views.append(part.view(dtype).view(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=dtype))
-    return views
 
 
 def read_peer(path: Path, number: int) -> Snapshot | None:
@@ -296,13 +269,9 @@ def read_peer(path: Path, number: int) -> Snapshot | None:
     header, info = layout.read_header(buffer), layout.slot_info(number, buffer)
     if header is None or info is None or header.file_bytes > len(buffer):
         return None
-    entries = layout.read_table(buffer, header)
-    specs = [TensorSpec(e.name, e.dtype, e.shape, e.global_shape, e.offsets, e.replicated) for e in entries]
-    plan = Plan(specs)
-    if plan.entries != entries:
-        raise SlotDamaged(f"{path} was written with another layout; another snapshot must be used")
-    views = views_of(torch.frombuffer(mapping, dtype=torch.uint8), plan)
-    return Snapshot(specs, views, unpack_small(layout.read_small(buffer, header)), info, buffer)
+    plan = Plan.read(buffer, header, Bases(path.parent, private=True).of(header), str(path))
+    views = plan.views(torch.frombuffer(mapping, dtype=torch.uint8))
+    return Snapshot(plan.specs, views, unpack_small(layout.read_small(buffer, header)), info, buffer)
 
 
 def copy_in(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
@@ -310,6 +279,8 @@ def copy_in(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
 
     The GPU branch has not been tested on a GPU yet.
     """
+    if not tensors:
+        return  # all that there is lies in a base
     with torch.no_grad():
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         if not devices:
@@ -363,17 +334,3 @@ def unpack_small(data: bytes) -> dict[str, Any]:
 
 def _cuda_runtime() -> Any:
     return torch.cuda.cudart()
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _allocate(descriptor: int, nbytes: int) -> bool:
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        return False
-    return True

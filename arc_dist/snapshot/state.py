@@ -112,6 +112,10 @@ class TrainingState:
         """Whether values that are not finite are a fault in the tensor of this name: in all but buffers."""
         return name in self._judged or name.startswith("optimizer.")
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether the tensor of this name is a parameter of a model, not a buffer or an optimizer's."""
+        return name in self._judged
+
     def moving_buffers(self) -> dict[str, torch.Tensor]:
         """The live buffers that a forward pass changes, by full name; empty in a world of one rank."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):

@@ -48,7 +48,8 @@ def main():
         strike(step.number, "body")
         with open(out / f"progress-{rank}", "a") as file:
             file.write(f"{step.number}\n")
-    result = {"digest": job.digest(), "replica": job.replica(), "steps": steps, "pid": os.getpid()}
+    bases = [path.name for path in Path(os.environ.get("ARC_SHM_DIR", out)).glob("base-*.bin")]
+    result = {"bases": bases, "digest": job.digest(), "replica": job.replica(), "steps": steps, "pid": os.getpid()}
     (out / f"result-{rank}.json").write_text(json.dumps(result))
     if toy.kind != "single":
         dist.destroy_process_group()
