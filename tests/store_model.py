@@ -54,6 +54,7 @@ class Life(RuleBasedStateMachine):
     """The model: commits in their order, and attempts that could still be committed."""
 
     scratch: Path
+    dedup = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,10 +75,10 @@ class Life(RuleBasedStateMachine):
 
     def tiers(self, every: int | None = None) -> Tiers:
         slow = Tier(url=str(self.base / "slow"), every=every, keep="last=3")
-        return Tiers([Tier(url=str(self.root)), slow], owner=self.owner, dedup=True)
+        return Tiers([Tier(url=str(self.root)), slow], owner=self.owner, dedup=self.dedup)
 
     def store(self, owner: str | None = None) -> Store:
-        return Store(self.root, owner=owner or self.owner, dedup=True)
+        return Store(self.root, owner=owner or self.owner, dedup=self.dedup)
 
     def write(self, save: Save, ranks: int) -> None:
         tensors = state_of(save.seed)
@@ -288,7 +289,7 @@ def state_of(seed: int) -> dict[str, torch.Tensor]:
     return {
         "w": random_tensor((ROWS, 3), "float32", seed),
         "b": random_tensor((2,), "bfloat16", seed + 7),
-        "frozen": random_tensor(LARGE, "float32", 1000 + seed // 12),
+        "frozen": random_tensor(LARGE, "float32", 1000 + seed // 4),
     }
 
 
