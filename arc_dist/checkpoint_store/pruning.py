@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from arc_dist.checkpoint_store import pins
 from arc_dist.checkpoint_store.backends import Backend
-from arc_dist.checkpoint_store.catalog import Catalog, StepInfo, preference
+from arc_dist.checkpoint_store.catalog import Catalog, StepInfo, order, preference
 from arc_dist.checkpoint_store.references import protectors, remove_step
 from arc_dist.checkpoint_store.retention import Retention, StepFacts, decide
 from arc_dist.errors import StoreError, StoreGone
@@ -31,7 +31,7 @@ class Planned:
         step: its number.
         kept: False when it is, or was, removed.
         why: the reason.
-        directories: its commits; those of a removed step all go. A damaged commit is a row of its own.
+        directories: its commits, the newest first; those of a removed step all go. A damaged commit is a row of its own.
         refers_to: directories of other steps that hold bytes of it.
         nbytes: of all its commits.
     """
@@ -75,7 +75,8 @@ def plan_prune(backend: Backend, run: str, policy: Retention, now: float) -> Pla
             step=step,
             kept=decision.kept,
             why=decision.why,
-            directories=tuple(sorted(info.directory for info in sound[step])),
+            # A commit may refer to an earlier one of the same step, which can only go after it.
+            directories=tuple(info.directory for info in sorted(sound[step], key=order, reverse=True)),
             nbytes=sum(info.nbytes for info in sound[step]),
             refers_to=tuple(sorted({name for info in sound[step] for name in info.refers_to})),
         )
