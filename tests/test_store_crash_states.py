@@ -1,6 +1,6 @@
 """No crash loses a commit: every moment of a job's life on disk, with every kind of loss, restores a whole step.
 
-The default run looks at some 1,300 states. All of them, more than 10,000, are for `make soak`.
+The default run looks at some 1,100 states. All of them, more than 10,000, are for `make soak`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def test_a_power_cut_after_a_killed_process_was_replaced(
     for ops, begin in killed_and_restarted(base, monkeypatch, stride=47, offset=1):
         search.run(ops, begin)
     report(search, record_property, capsys)
-    assert len(search.seen) >= 450  # with the two tests above more than 1,000
+    assert len(search.seen) >= 400  # with the two tests above more than 1,000
 
 
 @pytest.mark.soak
