@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arc_dist.checkpoint_store import Store, transfer
+from arc_dist.checkpoint_store.backends import LocalBackend
 from arc_dist.checkpoint_store.drain import Drainer
 from arc_dist.checkpoint_store.orphans import collect_orphans
 from arc_dist.checkpoint_store.tiers import Tier, Tiers
@@ -74,6 +76,23 @@ def life(say: Say, root: Path) -> None:
     assert tiers.stores[0].prune(keep_last=2) == [1]
     tiers.stores[0].pin(2, "kept")
     check_step(tiers, STEP)
+
+
+def careless_life(say: Say, root: Path) -> None:
+    """As `life`, of a store that writes manifests where they will be read, in two pieces."""
+
+    def create_exclusive(self: LocalBackend, path: str, data: bytes) -> bool:
+        if self.exists(path):
+            return False
+        descriptor = os.open(self.root / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        for piece in (data[:512], data[512:]):
+            os.write(descriptor, piece)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return True
+
+    LocalBackend.create_exclusive = create_exclusive  # this process lives for this alone
+    life(say, root)
 
 
 def check_step(tiers: Tiers, step: int) -> None:

@@ -84,6 +84,16 @@ def test_killed_at_some_calls(victims: Victims, capsys: pytest.CaptureFixture[st
     assert victims.num_orphans + victims.num_loose > 0
 
 
+def test_a_store_that_writes_manifests_in_place_is_found_out(victims: Victims) -> None:
+    life = killed_life.careless_life
+    points = victims.nursery.calls("main", victims.root, life, victims.fresh())
+    second = [p for p in points if p.call == "write" and "manifest.json" in p.line][1]
+    root = victims.fresh()
+    victims.nursery.kill(second, root, life, root)
+    with pytest.raises(AssertionError, match="info.problem"):
+        victims.nursery.call(killed_life.after, root, 2)
+
+
 @pytest.mark.soak
 def test_killed_at_every_call(victims: Victims, capsys: pytest.CaptureFixture[str]) -> None:
     points = [point for thread in THREADS for point in victims.points(thread)]
