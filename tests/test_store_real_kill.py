@@ -90,7 +90,7 @@ def test_a_store_that_writes_manifests_in_place_is_found_out(victims: Victims) -
     second = [p for p in points if p.call == "write" and "manifest.json" in p.line][1]
     root = victims.fresh()
     victims.nursery.kill(second, root, life, root)
-    with pytest.raises(AssertionError, match="info.problem"):
+    with pytest.raises(AssertionError, match=r"info\.problem"):
         victims.nursery.call(killed_life.after, root, 2)
 
 
