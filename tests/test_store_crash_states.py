@@ -168,10 +168,10 @@ def test_ten_thousand_power_cuts(
 def test_every_power_cut_in_a_life_with_two_tiers(
     base: Path, shm_root: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, capsys: Any
 ) -> None:
-    search = Search(shm_root, seed=1, num_samples=12, go_on_every=50, check=check_tiers, go_on=go_on)
+    search = Search(shm_root, seed=1, num_samples=30, go_on_every=50, check=check_tiers, go_on=go_on)
     search.run(recorded_tiers(base, monkeypatch))
     report(search, record_property, capsys)
-    assert len(search.seen) >= 2_500
+    assert len(search.seen) >= 1_600
 
 
 # The search itself: stores that are careless in one way, each of which it must find.
