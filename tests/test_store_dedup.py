@@ -146,6 +146,31 @@ def test_pruning_keeps_what_is_referred_to_and_says_why(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == [directory(6), directory(7)]
 
 
+def test_two_commits_of_a_step_go_together_though_one_refers_to_the_other(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, state)
+    commit(store, 1, write(store, 1, state, generation=1), generation=1)
+    assert store.manifest(1).refers_to == (directory(1),)
+    for step in (2, 3):
+        save_state(store, step, large_state(seed=step))
+    assert store.prune(keep_last=2) == [1]
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == [directory(2), directory(3)]
+
+
+def test_steps_whose_commits_refer_to_each_other_in_turn_all_go(tmp_path: Path) -> None:
+    """Step 1, step 2 that refers to it, and after a rollback step 1 once more, which refers to step 2."""
+    store, state = open_store(tmp_path), large_state()
+    save_state(store, 1, {"model.0": state["model.0"]})
+    save_state(store, 2, state)
+    commit(store, 1, write(store, 1, {"model.1": state["model.1"]}, generation=1), generation=1)
+    assert store.manifest(2).refers_to == (directory(1),)
+    assert store.manifest(1).refers_to == (directory(2),)
+    for step in (3, 4):
+        save_state(store, step, large_state(seed=step))
+    assert store.prune(keep_last=2) == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == [directory(3), directory(4)]
+
+
 def test_a_quarantined_step_is_still_referred_to(tmp_path: Path) -> None:
     store, state = open_store(tmp_path), large_state()
     for step in range(1, 4):

@@ -172,8 +172,9 @@ def _print_orphans(left: list[tuple[Run, list[Orphan]]], *, dry_run: bool) -> No
     for run, found in left:
         for orphan in found:
             done = "removed" if orphan.removed else "would remove" if orphan.due and dry_run else "left"
-            what = "drafts" if orphan.drafts else "no manifest"
-            label = f"{run.name}/{orphan.directory}: {done}, {format_bytes(orphan.nbytes)}, {what}"
+            what = "left over" if not orphan.directory else "drafts" if orphan.drafts else "no manifest"
+            where = f"{run.name}/{orphan.directory}".rstrip("/")
+            label = f"{where}: {done}, {format_bytes(orphan.nbytes)}, {what}"
             print(clean(f"{label}: {orphan.why}"))
     if left and not any(found for _, found in left):
         print("nothing is left of unfinished saves")

@@ -17,7 +17,8 @@ the name taken, and the save fails as one that was overtaken.
 What a step or an attempt refers to is never an orphan, whatever it lacks (see `references`).
 
 A copy that was killed and taken up again may leave drafts (`.*.tmp`) in a directory that is a checkpoint now. Nobody
-writes to such a directory any more, so drafts there that are older than the grace period go too.
+writes to such a directory any more, so drafts there that are older than the grace period go too; and so does what
+killed processes left in the run's own directory (see `litter`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from arc_dist.checkpoint_store.format import (
     parse_json,
     step_of_directory,
 )
+from arc_dist.checkpoint_store.litter import find_litter, remove_litter
 from arc_dist.checkpoint_store.references import protectors
 from arc_dist.errors import ConfigError, StoreCorrupt, StoreGone
 
@@ -57,19 +59,19 @@ class Orphan:
     """A directory without a manifest, or one with drafts that nobody will finish.
 
     Attributes:
-        directory: its name below the run.
-        step: the step that it was for.
+        directory: its name below the run; empty for the run's own directory.
+        step: the step that it was for; None for the run's own directory.
         owner: who began it; None when that is not known any more.
         nbytes: of the files in it.
         age_s: for how long nothing in it has changed, as far as is known.
         due: whether it may be removed.
         why: the reason.
         removed: whether it was.
-        drafts: when not empty, only these files of the directory are meant; it is a checkpoint.
+        drafts: when not empty, only these names in the directory are meant; it is a checkpoint, or the run.
     """
 
     directory: str
-    step: int
+    step: int | None
     owner: str | None
     nbytes: int
     age_s: float
@@ -118,6 +120,7 @@ def find_orphans(
             found.append(_examine(backend, run, directory, marks, grace_s, owner, at))
     if isinstance(backend, LocalBackend):  # elsewhere an unfinished upload has no name
         found += _old_drafts(backend, run, [orphan.directory for orphan in found], grace_s, at)
+        found += _litter(backend, run, grace_s, at)
     return found
 
 
@@ -229,13 +232,37 @@ def _old_drafts(
     return found
 
 
+def _litter(backend: LocalBackend, run: str, grace_s: float, now: float) -> list[Orphan]:
+    found = find_litter(backend, run, grace_s=grace_s, now=now)
+    if not found:
+        return []
+    return [
+        Orphan(
+            directory="",
+            step=None,
+            owner=None,
+            nbytes=sum(nbytes for nbytes, _ in found.values()),
+            age_s=min(age_s for _, age_s in found.values()),
+            due=True,
+            why=f"{len(found)} claims and drafts of processes that died",
+            drafts=tuple(sorted(found)),
+        )
+    ]
+
+
 def _collect(backend: Backend, run: str, orphan: Orphan) -> Orphan:
     path = f"{run}/{orphan.directory}"
+    if not orphan.directory:
+        assert isinstance(backend, LocalBackend)  # the only one that has such names
+        remove_litter(backend, run, orphan.drafts)
+        return dataclasses.replace(orphan, removed=True)
     if orphan.drafts:
         for name in orphan.drafts:
             backend.remove(f"{path}/{name}")
         return dataclasses.replace(orphan, removed=True)
     manifest = f"{path}/{MANIFEST_NAME}"
+    with contextlib.suppress(StoreGone):
+        _free_manifest(backend, path)
     if not backend.create_exclusive(manifest, TOMBSTONE) and _manifest_of(backend, path) != TOMBSTONE:
         return dataclasses.replace(orphan, due=False, why="was committed at this moment")
     with contextlib.suppress(StoreGone):  # another process removes it too, and was faster
@@ -250,6 +277,21 @@ def _collect(backend: Backend, run: str, orphan: Orphan) -> Orphan:
         backend.remove_directory(path)
     backend.sync_directory(run)
     return dataclasses.replace(orphan, removed=True)
+
+
+def _free_manifest(backend: Backend, path: str) -> None:
+    """Where there are no hard links, a committer that died may hold the right to the manifest's name: takes it away.
+
+    Its draft goes first, so that it has nothing to give the name to should it wake up.
+    """
+    right = f"{MANIFEST_NAME}.claim"
+    if right not in {entry.name for entry in backend.list(path)}:
+        return
+    for entry in backend.list(path):
+        if entry.name.startswith(f".{MANIFEST_NAME}.") and entry.name.endswith(".tmp"):
+            backend.remove(f"{path}/{entry.name}")
+    if not backend.exists(f"{path}/{MANIFEST_NAME}"):
+        backend.remove(f"{path}/{right}")
 
 
 def _note(backend: Backend, run: str, directories: list[str], now: float) -> None:

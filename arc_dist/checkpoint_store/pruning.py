@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from arc_dist.checkpoint_store import pins
 from arc_dist.checkpoint_store.backends import Backend
-from arc_dist.checkpoint_store.catalog import Catalog, StepInfo, preference
+from arc_dist.checkpoint_store.catalog import Catalog, StepInfo, order, preference
 from arc_dist.checkpoint_store.references import protectors, remove_step
 from arc_dist.checkpoint_store.retention import Retention, StepFacts, decide
 from arc_dist.errors import StoreError, StoreGone
@@ -31,7 +31,7 @@ class Planned:
         step: its number.
         kept: False when it is, or was, removed.
         why: the reason.
-        directories: its commits; those of a removed step all go. A damaged commit is a row of its own.
+        directories: its commits, the newest first; those of a removed step all go. A damaged commit has its own row.
         refers_to: directories of other steps that hold bytes of it.
         nbytes: of all its commits.
     """
@@ -75,7 +75,8 @@ def plan_prune(backend: Backend, run: str, policy: Retention, now: float) -> Pla
             step=step,
             kept=decision.kept,
             why=decision.why,
-            directories=tuple(sorted(info.directory for info in sound[step])),
+            # A commit may refer to an earlier one of the same step, which can only go after it.
+            directories=tuple(info.directory for info in sorted(sound[step], key=order, reverse=True)),
             nbytes=sum(info.nbytes for info in sound[step]),
             refers_to=tuple(sorted({name for info in sound[step] for name in info.refers_to})),
         )
@@ -126,7 +127,9 @@ def removal_order(rows: Sequence[Planned]) -> list[Planned]:
     ordered: list[Planned] = []
     while left:
         needed = {name for row in left for name in row.refers_to if name not in row.directories}
-        free = [row for row in left if not needed.intersection(row.directories)] or left  # a circle cannot be
+        free = [
+            row for row in left if not needed.intersection(row.directories)
+        ] or left  # steps with several commits may refer to each other
         ordered += free
         left = [row for row in left if row not in free]
     return ordered
@@ -223,14 +226,24 @@ def _facts(commits: list[StepInfo]) -> StepFacts:
 
 def _remove(backend: Backend, run: str, plan: Plan, removed: list[Planned]) -> bool:
     """Removes what a plan says; False when the marks have changed since and it must be made anew."""
-    for row in removal_order(plan.removed):
-        if pins.read_marks(backend, run).number != plan.marks_number:
-            return False
-        referring = [name for directory in row.directories for name in remove_step(backend, run, directory)]
-        if referring:
-            continue  # a save that began since the plan was made refers to it; remove_step has said so
-        _log.info("removed step %d of %s/%s: %s", row.step, backend.url, run, row.why)
-        removed.append(row)
+    left = [(row, directory) for row in removal_order(plan.removed) for directory in row.directories]
+    gone: set[str] = set()
+    while left:
+        blocked: list[tuple[Planned, str]] = []
+        for row, directory in left:
+            if pins.read_marks(backend, run).number != plan.marks_number:
+                return False
+            # A commit that goes later in this round refers to it, or a save that began since the plan was made.
+            if remove_step(backend, run, directory):
+                blocked.append((row, directory))
+                continue
+            gone.add(directory)
+            if gone.issuperset(row.directories):
+                _log.info("removed step %d of %s/%s: %s", row.step, backend.url, run, row.why)
+                removed.append(row)
+        if len(blocked) == len(left):
+            break
+        left = blocked
     return True
 
 
