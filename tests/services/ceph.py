@@ -11,6 +11,7 @@ that holds the other end of a pipe removes the directory.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -132,6 +133,8 @@ class Cluster:
         # The programs are the system's own: neither this Python's environment nor the user's configuration is theirs.
         self._env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(directory), "LC_ALL": "C.UTF-8"}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        # The kernel kills a daemon with the thread that started it, so that is one that lives as long as the cluster.
+        self._starter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ceph-starter")
         self.user: User
 
     def start(self) -> None:
@@ -216,6 +219,7 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.wait()
         self._daemons.clear()
+        self._starter.shutdown()
 
     def _start_monitor(self) -> None:
         admin = self.directory / "client.admin.keyring"
@@ -251,7 +255,8 @@ class Cluster:
 
     def _start(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         with open(self.directory / f"{program}.out", "ab") as output:
-            daemon = subprocess.Popen(
+            daemon = self._starter.submit(
+                subprocess.Popen,
                 ["setpriv", "--pdeathsig", "KILL", program, "-c", str(self._conf), *arguments],
                 env=self._env,
                 cwd=self.directory,
@@ -259,7 +264,7 @@ class Cluster:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C is for us to handle
-            )
+            ).result()
         self._daemons[program] = daemon
         return daemon
 
