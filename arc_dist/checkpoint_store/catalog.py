@@ -74,7 +74,7 @@ class Catalog:
         return self._committed(self.all_directories())
 
     def around(self, step: int) -> list[str]:
-        """What a commit of `step` is compared with: the committed directories of it, of the step below, and of the newest.
+        """What a commit of `step` is compared with: the committed directories of it, of the step below, of the newest.
 
         A store of thousands of steps must not cost a look at each of them in every commit.
         """
