@@ -79,8 +79,9 @@ class Catalog:
         A store of thousands of steps must not cost a look at each of them in every commit.
         """
         by_step = self._by_step()
-        newest = next(self._newest_first(by_step), [])
-        before = next(self._newest_first(by_step, below=step), [])
+        none: list[str] = []
+        newest = next(self._newest_first(by_step), none)
+        before = next(self._newest_first(by_step, below=step), none)
         return sorted({*newest, *before, *self._committed(by_step.get(step, []))})
 
     def all_directories(self) -> list[str]:
