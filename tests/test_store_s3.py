@@ -15,12 +15,13 @@ pytest.importorskip("s3fs", reason='s3fs is not installed: pip install "arc-dist
 pytest.importorskip("moto", reason='moto is not installed: pip install "moto[server]"')
 
 from arc_dist.checkpoint_store import SaveAborted, Store
-from arc_dist.checkpoint_store.backends import RemoteBackend
+from arc_dist.checkpoint_store.backends import RemoteBackend, remote
 from arc_dist.checkpoint_store.format import step_directory
 from arc_dist.checkpoint_store.references import remove_step
 from arc_dist.checkpoint_store.transfer import copy_step
 from arc_dist.errors import Fenced, StoreCorrupt, StoreDenied, StoreError, StoreGone, StoreTransient
 from dedup_helpers import commit, large_state, require_equal, save_state, write
+from real_s3 import recorded_requests
 from s3_server import moto_server, new_bucket
 from store_helpers import random_tensor, same_bits, save, whole
 
@@ -197,3 +198,37 @@ def test_references_are_kept_resolved_and_removed(bucket: str) -> None:
     assert store.prune(keep_last=2) == [1, 2, 3, 4]
     require_equal(copied, 4, state)
     require_equal(store, 6, large_state(seed=6))
+
+
+def test_a_job_takes_over_a_run_that_has_not_begun(bucket: str) -> None:
+    """There is no directory of it, which is what no local disk shows."""
+    for count in (1, 2):
+        store = Store(f"{bucket}/new", owner=f"job-{count}")
+        store.check_writable()
+        store.take_over()
+    assert keys(f"{bucket}/new/run") == {"owner-00000001.json", "owner-00000002.json"}
+    with pytest.raises(StoreGone, match=r"Create (the bucket|it)"):
+        Store(f"{bucket}-missing/new", owner="job").take_over()
+
+
+def test_backends_of_one_service_share_a_client(bucket: str) -> None:
+    first = RemoteBackend(bucket)
+    assert not first.exists("x")
+    assert RemoteBackend(f"{bucket}/elsewhere")._fs() is first._fs()
+    assert remote._OPTIONS["s3"]["config_kwargs"]["retries"] == {"max_attempts": 3}, "botocore changes what it gets"
+
+
+def test_finding_the_newest_and_committing_look_at_few_steps(bucket: str) -> None:
+    """However many steps there are: a request to an object store takes tens of milliseconds."""
+    store = Store(bucket, owner="a")
+    for step in range(1, 10):
+        save(store, step)
+    backend = RemoteBackend(bucket)
+    with recorded_requests(backend._fs()) as sent:
+        newest = store.newest()
+    assert newest is not None and newest.step == 9
+    assert 0 < len(sent) <= 12, sent
+    with recorded_requests(backend._fs()) as sent:
+        save(store, 10)
+    looked_at = {key.split("/")[1] for _, key in sent if "step-" in key}
+    assert {"step-00000010"} < looked_at <= {"step-00000009", "step-00000010"}

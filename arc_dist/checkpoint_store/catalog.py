@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from arc_dist.checkpoint_store.backends import Backend, is_missing
@@ -71,8 +71,18 @@ class Catalog:
 
     def directories(self) -> list[str]:
         """Names of the directories that hold a manifest, sound or not. One listing, and one look per directory."""
-        names = self.all_directories()
-        return [name for name in names if self._backend.exists(f"{self._run}/{name}/{MANIFEST_NAME}")]
+        return self._committed(self.all_directories())
+
+    def around(self, step: int) -> list[str]:
+        """What a commit of `step` is compared with: the committed directories of it, of the step below, of the newest.
+
+        A store of thousands of steps must not cost a look at each of them in every commit.
+        """
+        by_step = self._by_step()
+        none: list[str] = []
+        newest = next(self._newest_first(by_step), none)
+        before = next(self._newest_first(by_step, below=step), none)
+        return sorted({*newest, *before, *self._committed(by_step.get(step, []))})
 
     def all_directories(self) -> list[str]:
         """Names of the directories of steps, attempts and what is left of removed steps included."""
@@ -83,6 +93,31 @@ class Catalog:
                 return []  # a run that has not begun
             raise
         return sorted(e.name for e in entries if e.is_directory and step_of_directory(e.name) is not None)
+
+    def _committed(self, directories: Sequence[str]) -> list[str]:
+        """Those that hold a manifest."""
+        paths = [f"{self._run}/{name}/{MANIFEST_NAME}" for name in directories]
+        if len(paths) < 2:
+            there = [self._backend.exists(path) for path in paths]
+        else:
+            with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+                there = list(pool.map(self._backend.exists, paths))
+        return [name for name, is_there in zip(directories, there) if is_there]
+
+    def _by_step(self) -> dict[int, list[str]]:
+        """The directories of each step, with a manifest or without."""
+        by_step: dict[int, list[str]] = {}
+        for directory in self.all_directories():
+            step = step_of_directory(directory)
+            assert step is not None
+            by_step.setdefault(step, []).append(directory)
+        return by_step
+
+    def _newest_first(self, by_step: Mapping[int, Sequence[str]], *, below: int | None = None) -> Iterator[list[str]]:
+        """The directories with a manifest, step by step, the newest step first; looks only as far as it is asked to."""
+        for step in sorted(by_step, reverse=True):
+            if (below is None or step < below) and (committed := self._committed(by_step[step])):
+                yield committed
 
     def file_nbytes(self, directory: str, name: str) -> int:
         """The size of a file of a step; StoreGone when it is not there."""
@@ -143,13 +178,8 @@ class Catalog:
     def newest(self, *, certified: bool, below: int | None) -> StepInfo | None:
         """See `Store.newest`."""
         marks = read_marks(self._backend, self._run, strict=False)
-        by_step: dict[int, list[str]] = {}
-        for directory in self.directories():
-            step = step_of_directory(directory)
-            if step is not None and (below is None or step < below):
-                by_step.setdefault(step, []).append(directory)
-        for step in sorted(by_step, reverse=True):
-            infos = [with_marks(self.info(directory), marks) for directory in by_step[step]]
+        for directories in self._newest_first(self._by_step(), below=below):
+            infos = [with_marks(self.info(directory), marks) for directory in directories]
             for info in infos:
                 self._pass_over(info, refuse_newer=True)
             sound = [info for info in infos if info.problem is None and info.quarantined is None]
@@ -160,10 +190,10 @@ class Catalog:
 
     def open(self, step: int, directory: str | None) -> Checkpoint:
         """See `Store.open`."""
-        present = self.directories()
-        names = [name for name in present if step_of_directory(name) == step and directory in (None, name)]
+        candidates = [name for name in self._by_step().get(step, []) if directory in (None, name)]
+        names = self._committed(candidates)
         if not names:
-            steps = sorted({s for s in map(step_of_directory, present) if s is not None})
+            steps = sorted({s for s in map(step_of_directory, self.directories()) if s is not None})
             raise StoreGone(
                 f"store {self._backend.url}: run {self._run} has no committed step {step}. It has: "
                 f"{', '.join(map(str, steps[-10:])) or 'none'}.",

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from arc_dist.checkpoint_store.backends import Backend
+from arc_dist.checkpoint_store.backends import Backend, is_missing
 from arc_dist.checkpoint_store.format import parse_json
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
@@ -119,7 +119,13 @@ def _outlives(owner: Owner, seconds: float) -> bool:
 
 
 def _numbers(backend: Backend, run: str) -> list[int]:
-    matches = (_NAME.fullmatch(entry.name) for entry in backend.list(run) if not entry.is_directory)
+    try:
+        entries = backend.list(run)
+    except StoreGone as error:
+        if is_missing(error) and backend.exists(""):
+            return []  # an object store has no directory of a run that has not begun
+        raise
+    matches = (_NAME.fullmatch(entry.name) for entry in entries if not entry.is_directory)
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -219,7 +219,7 @@ class Store:
         directory = str(next(iter(parts.values()))["directory"])
         path = f"{self.run}/{directory}"
         attempt = self._backend.read(f"{path}/{ATTEMPT_NAME}", MAX_ATTEMPT_BYTES)
-        earlier = self._catalog.directories()
+        earlier = self._catalog.around(step)
         manifest = build_manifest(
             parts,
             attempt=attempt,

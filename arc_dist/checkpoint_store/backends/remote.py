@@ -8,6 +8,7 @@ know how to ask a service for that, the store says `Unsupported` and writes noth
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import importlib
 import threading
@@ -197,7 +198,8 @@ class RemoteBackend:
     def _connect(self) -> Any:
         fsspec = importlib.import_module("fsspec")
         try:
-            options = _OPTIONS.get(self._protocol, {})
+            # A copy: botocore changes what it is given, and another backend would not find the same client again.
+            options = copy.deepcopy(_OPTIONS.get(self._protocol, {}))
             return fsspec.filesystem(self._protocol, **options)
         except ImportError as error:
             extra = _EXTRAS.get(self._protocol)
