@@ -7,11 +7,13 @@
 #   make soak                    the long tests
 #   make services                the tests against real services (Debian: says what to install)
 #
+# WORKERS=0 runs the tests in one process, for a debugger.
 # PYTHON=python3.12 chooses the interpreter. TORCH=PATH installs that torch wheel instead of the one pip would choose;
 # on Linux that is the CUDA build (gigabytes), and the CPU build of the same version is enough for everything here.
 
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 TORCH ?=
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python
@@ -32,7 +34,7 @@ demo: $(BASE)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(DEV) $(SITE)/.installed
-	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest $(ARGS)
+	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 soak: $(DEV) $(SITE)/.installed
 	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=7200 -o faulthandler_timeout=7100 $(ARGS)
