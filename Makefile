@@ -5,6 +5,7 @@
 #   make check                   lint, format, types, layers
 #   make bench                   the figures of the README
 #   make soak                    the long tests
+#   make services                the tests against real services (what is not installed is skipped, with its reason)
 #
 # PYTHON=python3.12 chooses the interpreter. TORCH=PATH installs that torch wheel instead of the one pip would choose;
 # on Linux that is the CUDA build (gigabytes), and the CPU build of the same version is enough for everything here.
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find arc_dist -name '*.py' -o -name py.typed)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench soak format clean
+.PHONY: demo test check bench soak services format clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -35,6 +36,8 @@ test: $(DEV) $(SITE)/.installed
 
 soak: $(DEV) $(SITE)/.installed
 	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=7200 -o faulthandler_timeout=7100 $(ARGS)
+
+services: ; $(MAKE) soak ARGS="tests/test_real_*.py $(ARGS)"
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,7 +10,6 @@ import stat
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,211 +19,48 @@ import torch
 from arc_dist import Store
 from arc_dist.checkpoint_store import contract
 from arc_dist.checkpoint_store.backends import LocalBackend
-from arc_dist.checkpoint_store.backends import local as local_backend
-from arc_dist.checkpoint_store.commands import add_commands
 from arc_dist.checkpoint_store.orphans import collect_orphans
-from arc_dist.errors import ArcError
+from nfs_tools import (
+    CKPT,
+    DEADLINE_S,
+    ELEMENTS,
+    FaultAt,
+    Forked,
+    Training,
+    arc,
+    damage_at,
+    failure,
+    fill_disk,
+    put,
+    ready_store,
+    server_starts_when_told,
+    steps_at,
+    train_two_ranks,
+    train_with_fault,
+    write,
+)
 from services import nfs_guest as guest
 from services.nfs_guest import EXPORT, NFS, OTHER
 from store_helpers import files_of, same_bits, save, whole
 from toy import Toy, guarded, plain
 
-CKPT = NFS / "ckpt"
-ELEMENTS = 1 << 20  # 4 MiB
-DEADLINE_S = 120.0
-
-
-# ---------------------------------------------------------------------- tools
-
-
-def failure(action: Callable[[], Any]) -> dict[str, Any]:
-    """The error of our tree that an action raises, as JSON; anything else it raises is an error of the test."""
-    began = time.monotonic()
-    try:
-        result = action()
-    except ArcError as error:
-        seconds = time.monotonic() - began
-        return {"type": type(error).__name__, "message": str(error), "errno": error.fields.get("errno"), "s": seconds}
-    return {"type": None, "result": repr(result)}
-
-
-def write(store: Store, step: int, elements: int = ELEMENTS) -> dict[int, Any]:
-    tensors = [whole("w", torch.arange(elements, dtype=torch.float32) + step)]
-    return {0: store.write_part(step, generation=0, rank=0, world_size=1, tensors=tensors, objects={"step": step})}
-
-
-def put(store: Store, step: int, elements: int = ELEMENTS) -> None:
-    store.commit(step, 0, 1, write(store, step, elements), {"certified": True})
-
-
-def ready_store() -> Store:
-    store = Store(CKPT, owner="a")
-    store.check_writable()
-    return store
-
-
-def steps_at(path: Path) -> list[int]:
-    return [info.step for info in Store(path).steps()]
-
-
-def damage_at(path: Path) -> list[str]:
-    store = Store(path)
-    return [str(problem) for info in store.steps() for problem in store.open(info.step).verify()]
-
-
-def arc(*arguments: str) -> int:
-    """The exit code of a command of `arc`."""
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    options = parser.parse_args(arguments)
-    return int(options.run(options) or 0)
-
-
-def in_process(body: Callable[..., Any], *arguments: Any) -> Any:
-    """Forks (an import of torch takes 12 s here); `result()` of what is returned waits for the child's answer."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-
-    def main() -> None:
-        here.close()
-        try:
-            there.send((body(*arguments), None))
-        except BaseException:  # noqa: BLE001 - whatever it is, it goes to the test
-            there.send((None, traceback.format_exc()))
-
-    process = context.Process(target=main)
-    process.start()
-    there.close()
-
-    def result() -> Any:
-        assert here.poll(DEADLINE_S), f"no answer within {DEADLINE_S:g} s"
-        value, error = here.recv()
-        assert error is None, error
-        process.join(DEADLINE_S)
-        assert process.exitcode == 0, f"exit code {process.exitcode}: the process did not end"
-        return value
-
-    return result
-
-
-def server_starts_when_told() -> Callable[[], None]:
-    """Forks who will start the server, and returns what tells it.
-
-    It cannot be started from a process that has a file open on a dead hard mount: a program that such a process starts
-    would have to close its copy of the descriptor first, and that waits for the server.
-    """
-    told = multiprocessing.get_context("fork").Event()
-
-    def body() -> None:
-        assert told.wait(2 * DEADLINE_S)
-        guest.start_server()
-
-    result = in_process(body)
-
-    def tell() -> None:
-        told.set()
-        result()
-
-    return tell
-
-
-class FaultAt:
-    """Does something to the server before the first block of a rank's shard of one step is written, once."""
-
-    def __init__(self, step: int, action: Callable[[], None]) -> None:
-        self.fired: list[str] = []  # the file
-        self.done = threading.Event()
-        write = local_backend._LocalSink.write
-
-        def hurt(sink: Any, data: memoryview) -> None:
-            path = str(sink._final)
-            if not self.fired and f"step-{step:08d}" in path and path.endswith(".safetensors"):
-                self.fired.append(path)
-                action()
-                self.done.set()
-            write(sink, data)
-
-        local_backend._LocalSink.write = hurt
-
-
-def fill_disk(keep_free_bytes: int) -> Path:
-    """Another user of the server takes its space."""
-    filler = guest.DISK / "filler"
-    state = os.statvfs(guest.DISK)
-    nbytes = state.f_bavail * state.f_frsize - keep_free_bytes
-    assert 0 < nbytes <= guest.DISK_BYTES
-    with open(filler, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-    return filler
-
-
-class Training:
-    """A guarded job whose incidents are kept; `until(step)` goes on to a step and waits for the save at hand."""
-
-    def __init__(self, toy: Toy, **settings: Any) -> None:
-        self.job = guarded(toy, **settings)
-        engine = self.job.arc._engine
-        record = engine.record
-        self.incidents: list[str] = []
-        engine.record = lambda **fields: (self.incidents.append(fields["kind"]), record(**fields))
-        self.number = 0
-
-    def until(self, step: int, *, wait: bool = True) -> None:
-        while self.number < step:
-            self.number = next(self.job.steps).number
-            if wait:
-                self.job.arc._engine._checkpointer.wait()
-
-    def finish(self) -> str:
-        for _ in self.job.steps:
-            self.job.arc._engine._checkpointer.wait()
-        return self.job.digest()
-
-
-# ---------------------------------------------------------------------- stories
-
 
 def contract_suite() -> dict[str, Any]:
+    guest.resize_disk(256 << 20)  # some cases hold several files of 17 MiB
     return {"exit_code": contract.main([str(CKPT)]), "left": [p.name for p in CKPT.iterdir()]}
-
-
-def _rank(rank: int, port: int, toy: Toy) -> str:
-    import torch.distributed as dist
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    if rank == 1:
-        guest.move_to_another_client(Path("/media/nfs2"))
-    dist.init_process_group("gloo")
-    job = guarded(toy, store=str(CKPT), checkpoint_every=5)
-    for _ in job.steps:
-        job.arc._engine._checkpointer.wait()
-    digest = job.digest()
-    dist.destroy_process_group()
-    return digest
-
-
-def _two_ranks(toy: Toy) -> list[str]:
-    import torch.distributed as dist
-
-    server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    results = [in_process(_rank, rank, server.port, toy) for rank in range(2)]
-    return [result() for result in results]
 
 
 def two_ranks_two_clients() -> dict[str, Any]:
     import torch._dynamo  # noqa: F401 - before the fork, for both
 
     guest.mount(Path("/media/nfs2"))
-    first = _two_ranks(Toy(kind="ddp", steps=10))
+    first = train_two_ranks(Toy(kind="ddp", steps=10))
     steps = steps_at(CKPT)
-    second = _two_ranks(Toy(kind="ddp", steps=20))  # restores 10
+    second = train_two_ranks(Toy(kind="ddp", steps=20))  # restores 10
     resumed = steps_at(CKPT)
     for path in CKPT.iterdir():
         guest.run("rm", "-r", str(path))
-    straight = _two_ranks(Toy(kind="ddp", steps=20))
+    straight = train_two_ranks(Toy(kind="ddp", steps=20))
     verified = arc("verify", str(CKPT))
     return {
         "first": first,
@@ -310,24 +147,20 @@ def server_stops(mounted: str) -> dict[str, Any]:
     }
 
 
-def _train_on(steps: int, fault_at: int) -> dict[str, Any]:
-    fault = FaultAt(fault_at, guest.stop_server)
-    job = Training(Toy(steps=steps), store=f"{CKPT}, {OTHER}", checkpoint_every=10, save_timeout_s=6.0)
-    digest = job.finish()
-    return {"fired": fault.fired, "digest": digest, "incidents": job.incidents}
-
-
 def server_never_comes_back() -> dict[str, Any]:
-    """A hard mount: no call returns any more. The job ends all the same; the next one finds all there is."""
+    """A hard mount: no call returns any more. Training ends all the same; the next job finds all there is."""
     guest.remount(guest.HARD)
     ready_store()
-    lost = in_process(_train_on, 30, 20)()
-    other = steps_at(OTHER)
+    job = Forked(train_with_fault, 30, 20)
+    lost = job.answer()
+    there = {"serving": guest.is_serving(), "exit_code": job.exit_code(5.0), "other": steps_at(OTHER)}
     guest.start_server()
-    next_job = in_process(_train_on, 40, -1)()
+    ended = job.exit_code(DEADLINE_S)
+    next_job = Forked(train_with_fault, 40, -1).result()
     return {
         "lost": lost,
-        "other": other,
+        "there": there,
+        "ended": ended,
         "next": next_job,
         "plain": [plain(Toy(steps=n))[0] for n in (30, 40)],
         "nfs": steps_at(CKPT),
@@ -374,7 +207,7 @@ def stale_handles() -> dict[str, Any]:
     try:
         os.listdir(NFS)
     except OSError as error:
-        raw = errno_name(error)
+        raw = errno.errorcode[error.errno or 0]
     actions: dict[str, Callable[[], Any]] = {
         "newest": store.newest,
         "steps": store.steps,
@@ -392,12 +225,6 @@ def stale_handles() -> dict[str, Any]:
         "raw": raw,
         "failures": {name: failure(action) for name, action in actions.items()},
     }
-
-
-def errno_name(error: OSError) -> str:
-    import errno
-
-    return errno.errorcode[error.errno or 0]
 
 
 def late_names() -> dict[str, Any]:
@@ -502,7 +329,7 @@ def denied_and_private() -> dict[str, Any]:
         save(Store(NFS / "own", owner="a"), 10)
         return damage_at(NFS / "own")
 
-    damage = in_process(as_user)()
+    damage = Forked(as_user).result()
     modes = {oct(stat.S_IMODE(p.stat().st_mode)) for p in files_of(own)}
     directories = {oct(stat.S_IMODE(p.stat().st_mode)) for p in own.rglob("*") if p.is_dir()}
     owners = {p.stat().st_uid for p in own.rglob("*")}
@@ -534,8 +361,8 @@ def exclusive_race(rounds: int, processes: int) -> dict[str, Any]:
             won.append((created, backend.claim(f"run/claim-{round_}", "who", data)))
         return won
 
-    results = [in_process(racer, number) for number in range(processes)]
-    won = [result() for result in results]
+    racers = [Forked(racer, number) for number in range(processes)]
+    won = [racer.result() for racer in racers]
     winners = [[[n for n in range(processes) if won[n][r][kind]] for r in range(rounds)] for kind in (0, 1)]
     read = [
         [int((EXPORT / "ckpt" / "run" / f"name-{r}").read_text()) for r in range(rounds)],

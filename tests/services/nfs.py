@@ -75,8 +75,9 @@ def run_on_nfs(
 ) -> NfsRun:
     """Boots, runs `python program arguments...` beside a server and a mounted client, and waits for its end.
 
-    Nothing is left when this returns, raises or is killed: all processes are in a PID namespace that dies with the
-    one that started it. The program can write nothing of this machine but what is below its `nfs_guest.HOST`.
+    Nothing is left when this returns or raises. No process is left when it is killed: all are in a PID namespace that
+    dies with the process that started it. The program can write nothing of this machine but what is below its
+    `nfs_guest.HOST`.
 
     Raises:
         NfsFailed: there was no exit code within `timeout_s`.

@@ -77,6 +77,12 @@ def mount_disk() -> None:
     EXPORT.mkdir(mode=0o755)
 
 
+def resize_disk(nbytes: int) -> None:
+    """Gives the disk another size; what is on it stays."""
+    assert os.path.ismount(DISK)
+    run("mount", "-o", f"remount,size={nbytes}", str(DISK))
+
+
 def replace_disk() -> None:
     """Serves another file system under the same name: all handles of the old one are stale."""
     run("exportfs", "-ua")
