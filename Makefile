@@ -5,7 +5,7 @@
 #   make check                   lint, format, types, layers
 #   make bench                   the figures of the README
 #   make soak                    the long tests
-#   make services                the tests against real services (Debian: says what to install)
+#   make services                the tests against real services (what is not installed is skipped, with its reason)
 #
 # WORKERS=0 runs the tests in one process, for a debugger.
 # PYTHON=python3.12 chooses the interpreter. TORCH=PATH installs that torch wheel instead of the one pip would choose;
@@ -40,7 +40,7 @@ soak: $(DEV) $(SITE)/.installed
 	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=7200 -o faulthandler_timeout=7100 $(ARGS)
 
 services: $(DEV) $(SITE)/.installed
-	@echo "needs, on Debian: apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common"
+	@echo "needs, on Debian: apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common user-mode-linux nfs-kernel-server nfs-common"
 	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=900 -o faulthandler_timeout=850 \
 	    tests/test_real_*.py $(ARGS)
 

@@ -76,11 +76,14 @@ def of_racing_processes_one_wins(room: Room) -> None:
     room.make()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES, mp_context=context) as pool:
-        for job in [pool.submit(time.sleep, 0.3) for _ in range(_NUM_PROCESSES)]:
+    with contextlib.ExitStack() as stack:
+        # One pool would give two races to one process where processes start slowly.
+        executors = [concurrent.futures.ProcessPoolExecutor(1, mp_context=context) for _ in range(_NUM_PROCESSES)]
+        pools = [stack.enter_context(executor) for executor in executors]
+        for job in [pool.submit(os.getpid) for pool in pools]:
             job.result(_TIMEOUT_S)  # all processes have started
         arguments = (room.backend.url, room.directory, time.time() + 0.3, dict(os.environ))
-        jobs = [pool.submit(_racer, index, *arguments) for index in range(_NUM_PROCESSES)]
+        jobs = [pool.submit(_racer, index, *arguments) for index, pool in enumerate(pools)]
         answers = [job.result(_TIMEOUT_S) for job in jobs]
     require(len({pid for pid, _ in answers}) == _NUM_PROCESSES, "the racers were not processes of their own")
     results = [won for _, won in answers]

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Source, store_error, translated
+from arc_dist.checkpoint_store.backends.nfs_client import ask_server, is_of_client, only_of_client
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreGone
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -55,15 +56,23 @@ class LocalBackend:
             self._sync_above_root()
 
     def make_directory(self, path: str) -> None:
-        self._make_directories(self._full(path))
+        full = self._full(path)
+        with translated("looking for", str(full)):
+            ask_server(self.root, full)  # another host may just have removed it
+        self._make_directories(full)
 
     def list(self, path: str) -> list[Entry]:
         full = self._full(path)
         with translated("listing", str(full)), os.scandir(full) as entries:
-            return [Entry(entry.name, entry.is_dir()) for entry in entries]
+            return [Entry(entry.name, entry.is_dir()) for entry in entries if not is_of_client(entry.name)]
 
     def exists(self, path: str) -> bool:
-        return _is_directory(self._full(path)) is not None
+        full = self._full(path)
+        if _is_directory(full) is not None:
+            return True
+        with translated("looking for", str(full)):
+            ask_server(self.root, full)
+        return _is_directory(full) is not None
 
     def read(self, path: str, max_bytes: int) -> bytes:
         source = self.open(path)
@@ -136,7 +145,11 @@ class LocalBackend:
     def remove_directory(self, path: str) -> None:
         full = self._full(path)
         with translated("removing", str(full)), contextlib.suppress(FileNotFoundError):
-            os.rmdir(full)
+            try:
+                os.rmdir(full)
+            except OSError as error:
+                if error.errno not in _TAKEN or not only_of_client(full):
+                    raise
 
     def sync_directory(self, path: str) -> None:
         # The names that lead there as well: who made those directories may have died before it could sync them.
