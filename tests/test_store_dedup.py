@@ -428,6 +428,16 @@ def test_a_checkpoint_of_format_version_1_with_sha256_is_read(tmp_path: Path) ->
     assert save_state(open_store(tmp_path / "b"), 6, large_state()).refers_to == ()
 
 
+def test_a_checkpoint_of_format_version_2_that_refers_to_an_older_step_is_read(tmp_path: Path) -> None:
+    store = Store(FIXTURES / "store-v2")
+    manifest = store.manifest(2)
+    assert (manifest.version, manifest.hash, manifest.refers_to) == (2, "blake3", (directory(1),))
+    for step in (1, 2):
+        require_equal(store, step, {**large_state(count=1), "model.small": random_tensor((3, 2), "bfloat16", step)})
+    copy_step(store.backend, "run", directory(2), open_store(tmp_path).backend)
+    assert Store(tmp_path).manifest(2).refers_to == ()
+
+
 class Crash(Exception):
     pass
 
