@@ -34,7 +34,7 @@ demo: $(BASE)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(DEV) $(SITE)/.installed
-	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 soak: $(DEV) $(SITE)/.installed
 	ARC_TEST_INSTALLED=1 PYTHONPATH=$(CURDIR)/$(SITE) $(BIN)/pytest -m soak --timeout=7200 -o faulthandler_timeout=7100 $(ARGS)
