@@ -3,10 +3,10 @@
     python benchmarks/bench_store.py [--megabytes 500] [--blocks 5] [--directory DIR]
 
 One process, one shard. All arms of a comparison take turns in one run, so that a drifting disk hurts all alike; printed
-are medians with a 95 % interval, and ratios within each turn. Reads come from the page cache.
+are medians with a 95 % interval, and ratios within each turn.
 
 * write: our shard, hashed, fsynced and committed / the same bytes written raw and fsynced / ``dcp.save`` (no fsync).
-* read: our verified restore / the same bytes read raw / ``dcp.load``.
+* read: our verified restore / the same bytes read raw / ``dcp.load``, from the page cache; cold: from the disk.
 * stall: what stops training: a snapshot (capture) and, once it is trusted, handing it to the background writer, each
   beside a bare copy of the same bytes into memory that is there already.
 * memory: how much the process grows while a save is written from the snapshot.
@@ -34,6 +34,8 @@ from arc_dist.coordinator.client import LocalClient
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.snapshot.ring import SnapshotRing
 from stats import describe, setting
+
+_WARM_UP = 4  # turns that are not counted: caches and allocators, and a virtual machine gets its memory page by page
 
 
 def state(megabytes: int) -> dict[str, torch.Tensor]:
@@ -96,18 +98,37 @@ class Bench:
             no_dist=True,
         )
 
+    def evict(self) -> None:
+        """Makes the page cache let go of all files."""
+        for path in self.directory.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def drop_old(self) -> None:
         shutil.rmtree(self.directory / "store" / "run" / f"step-{self.step - 1:08d}", ignore_errors=True)
 
 
-def compare(title: str, arms: Mapping[str, Callable[[], object]], blocks: int, after: Callable[[], None]) -> None:
-    """Prints seconds of each arm, and the first arm's ratio to each other one."""
+def compare(
+    title: str,
+    arms: Mapping[str, Callable[[], object]],
+    blocks: int,
+    *,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Prints seconds of each arm, and the first arm's ratio to each other one.
+
+    `before` is called before each arm, `after` after each turn; neither is timed.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    for block in range(blocks + 1):
+    for block in range(-_WARM_UP, blocks):
         names = list(arms) if block % 2 else list(arms)[::-1]
         for name in names:
+            before()
             spent = timed(arms[name])
-            if block:  # the first turn warms caches and allocators
+            if block >= 0:
                 times[name].append(spent)
         after()
     first = next(iter(arms))
@@ -208,7 +229,7 @@ def list_many(directory: Path, steps: int, ranks: int) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=11)
     parser.add_argument("--directory", help="where to write; default: a temporary directory")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -218,9 +239,10 @@ def main() -> None:
         where = args.directory or "$TMPDIR"
         print(f"{setting()}; {nbytes / 1e6:.0f} MB in {len(bench.tensors)} tensors, 1 rank, in {where}")
         writing = {"ours": bench.save, "raw + fsync": bench.raw_write, "dcp.save": bench.dcp_save}
-        compare("write", writing, args.blocks, bench.drop_old)
+        compare("write", writing, args.blocks, after=bench.drop_old)
         reading = {"ours": bench.restore, "raw": bench.raw_read, "dcp.load": bench.dcp_load}
-        compare("read", reading, args.blocks, lambda: None)
+        compare("read", reading, args.blocks)
+        compare("cold", reading, args.blocks, before=bench.evict)
         stall(bench, args.blocks)
         seconds, step = list_many(Path(directory), 1000, 64)
         print(f"list   newest of 1,000 steps of 64 ranks: step {step} in {seconds:.3f} s")
