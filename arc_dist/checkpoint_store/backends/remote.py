@@ -1,8 +1,8 @@
 """Object stores and other places that fsspec reaches by URL: ``s3://bucket/prefix``, ``memory://name``.
 
-Thin today: no retries beyond those of the fsspec implementation, no reserved space, one upload at a time per rank. The
-one thing that is not thin is the commit: it needs a create that exactly one of several writers wins. Where we do not
-know how to ask a service for that, the store says `Unsupported` and writes nothing.
+A rank has one upload at a time, in parts, from one buffer; space cannot be reserved, so a full service is met while
+writing. A commit needs a create that exactly one of several writers wins: where we do not know how to ask a service for
+that, the store says `Unsupported` and writes nothing.
 """
 
 from __future__ import annotations
