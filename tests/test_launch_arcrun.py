@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,18 @@ def script(directory: Path, *lines: str) -> str:
     path = directory / "train.py"
     path.write_text("\n".join(["import os, signal, sys, time", "rank = int(os.environ['RANK'])", *lines, ""]))
     return str(path)
+
+
+@contextlib.contextmanager
+def two_supervisors(path: str) -> Iterator[tuple[Job, Job]]:
+    """The ranks of one job, each started by itself, so that a test is the launcher."""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    argv = [sys.executable, "-m", "arc_dist", "--no-preload", "--no-guard", path]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env["MASTER_PORT"] = str(probe.getsockname()[1])
+    with Job(argv, env={**env, "RANK": "0"}) as first, Job(argv, env={**env, "RANK": "1"}) as second:
+        yield first, second
 
 
 LIGHT = ("--arc-no-preload", "--arc-no-guard")
@@ -121,12 +135,7 @@ def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: P
         "open(os.path.join(here, f'up-{rank}'), 'w')",
         "time.sleep(60)",
     )
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    argv = [sys.executable, "-m", "arc_dist", "--no-preload", "--no-guard", path]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        env["MASTER_PORT"] = str(probe.getsockname()[1])
-    with Job(argv, env={**env, "RANK": "0"}) as first, Job(argv, env={**env, "RANK": "1"}) as second:
+    with two_supervisors(path) as (first, second):
         first.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
         second.process.send_signal(signal.SIGTERM)
         told, other = second.wait(30), first.wait(30)
@@ -138,12 +147,7 @@ def test_one_supervisor_that_is_told_to_go_ends_the_job_as_preempted(tmp_path: P
 @pytest.mark.slow
 def test_ctrl_c_reaches_every_script_however_late_the_launcher_passes_it_on(tmp_path: Path) -> None:
     path = script(tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}'), 'w')", "time.sleep(60)")
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    argv = [sys.executable, "-m", "arc_dist", "--no-preload", "--no-guard", path]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        env["MASTER_PORT"] = str(probe.getsockname()[1])
-    with Job(argv, env={**env, "RANK": "0"}) as first, Job(argv, env={**env, "RANK": "1"}) as second:
+    with two_supervisors(path) as (first, second):
         first.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
         first.process.send_signal(signal.SIGINT)
         second.wait_for(lambda: "KeyboardInterrupt" in second.stderr(), 30, "the other rank's Ctrl-C")
