@@ -48,11 +48,12 @@ def live(
     run_state_machine_as_test(model, settings=machine)
 
 
-def test_nine_hundred_steps(shm_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    live(shm_root, 14, 80, random_seed=False)
+@pytest.mark.timeout(400)
+def test_two_thousand_steps(shm_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    live(shm_root, 30, 80, random_seed=False)
     with capsys.disabled():
         print(f" {counted}", end="")
-    assert counted["step"] >= 900
+    assert counted["step"] >= 2000
     happened = {"save", "commit", "commit again", "killed", "damage", "prune", "restore", "fell back", "fenced"}
     happened |= {"pin", "quarantine", "referred", "copy", "restore from tiers"}
     assert not {what for what in happened if not counted.get(what)}, counted
