@@ -187,8 +187,8 @@ def main() -> None:
             f"{setting()}; {num_parameters / 1e6:.1f} M parameters, {nbytes / 1e6:.0f} MB in {len(bench.tensors)} "
             f"tensors, 1 rank, {torch.get_num_threads()} torch thread, {args.endpoint or 'moto'}"
         )
-        compare("write", {"ours": bench.save, "s3fs put": bench.put}, args.blocks, bench.drop_old)
-        compare("read", {"ours": bench.restore, "s3fs get": bench.get}, args.blocks, lambda: None)
+        compare("write", {"ours": bench.save, "s3fs put": bench.put}, args.blocks, after=bench.drop_old)
+        compare("read", {"ours": bench.restore, "s3fs get": bench.get}, args.blocks)
         if args.steps:
             list_many(bucket, args.steps, 64)
 

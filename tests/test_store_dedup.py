@@ -339,11 +339,14 @@ def test_another_tier_replaces_damaged_references(tmp_path: Path) -> None:
     assert checkpoint.damage and directory(1) in checkpoint.damage[0].what
 
 
-def test_a_missing_hash_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(tmp_path)
+@pytest.mark.parametrize(("dedup", "package"), [(True, "blake3"), (False, "xxhash")])
+def test_a_missing_hash_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dedup: bool, package: str
+) -> None:
+    store = open_store(tmp_path, dedup=dedup)
     save_state(store, 1, large_state())
-    monkeypatch.setitem(sys.modules, "blake3", None)
-    with pytest.raises(ConfigError, match="pip install blake3"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
         store.open(1)
     assert Store(FIXTURES / "store-v1").open(5).verify() == []
 
@@ -364,10 +367,10 @@ def test_the_setting_reaches_the_store(tmp_path: Path) -> None:
     assert {t.name for t in manifests[-1].tensors for c in t.chunks if c.directory} == {"model.0.weight"}
 
 
-def altered(data: bytes, change: Any, version: int = 2) -> bytes:
+def altered(data: bytes, change: Any, version: int = 2, **more: Any) -> bytes:
     """A manifest with its referred chunks changed, under a right digest."""
     fields = json.loads(data)
-    fields["version"] = version
+    fields |= {"version": version, **more}
     fields.pop("manifest_digest")
     for tensor in fields["tensors"].values():
         tensor["chunks"] = [{**c, **change} if "directory" in c else c for c in tensor["chunks"]]
@@ -401,6 +404,8 @@ def test_hostile_references_are_refused(tmp_path: Path, change: dict[str, Any]) 
         parse_manifest(altered(data, change), "m", directory(2))
     with pytest.raises(StoreCorrupt, match="version 1"):
         parse_manifest(altered(data, {}, version=1), "m", directory(2))
+    with pytest.raises(StoreCorrupt, match="too weak"):
+        parse_manifest(altered(data, {}, hash="xxh3_128"), "m", directory(2))
 
 
 def test_an_altered_announcement_does_not_free_what_a_committed_step_refers_to(tmp_path: Path) -> None:
@@ -436,6 +441,16 @@ def test_a_checkpoint_of_format_version_2_that_refers_to_an_older_step_is_read(t
         require_equal(store, step, {**large_state(count=1), "model.small": random_tensor((3, 2), "bfloat16", step)})
     copy_step(store.backend, "run", directory(2), open_store(tmp_path).backend)
     assert Store(tmp_path).manifest(2).refers_to == ()
+
+
+def test_a_run_that_begins_to_refer_writes_its_first_step_whole(tmp_path: Path) -> None:
+    """Digests of the fast hash are no reason to refer to anything."""
+    state = large_state()
+    assert save_state(open_store(tmp_path, dedup=False), 1, state).hash == "xxh3_128"
+    store = open_store(tmp_path)
+    assert save_state(store, 2, state).refers_to == ()
+    assert save_state(store, 3, state).refers_to == (directory(2),)
+    require_equal(store, 3, state)
 
 
 class Crash(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
+import importlib
 import itertools
 import json
 import math
@@ -24,7 +25,11 @@ FORMAT_VERSION = 2  # the newest that is read; a manifest says 2 only when it ne
 PLAIN_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 ATTEMPT_NAME = "attempt.json"
-DEFAULT_HASH = "blake3"  # collision-resistant as SHA-256 is, at two to three times its speed (benchmarks/bench_hash.py)
+# Digests find accidents, not forgery (FORMAT.md). For that, 128 bits that no accident meets twice are enough. The fast
+# hash is about four times as fast as the strong one, which resists collisions as SHA-256 does at two to three times its
+# speed (benchmarks/bench_hash.py). In references equal digests stand for equal bytes: only the strong one will do.
+FAST_HASH = "xxh3_128"
+STRONG_HASH = "blake3"
 
 # A limit on everything that is read before it is verified.
 MAX_MANIFEST_BYTES = 256 << 20
@@ -69,18 +74,18 @@ class Hasher(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def _blake3() -> Hasher:
+def _of_package(package: str, name: str) -> Hasher:
     try:
-        from blake3 import blake3
+        return getattr(importlib.import_module(package), name)()
     except ImportError as error:
         raise ConfigError(
-            "checkpoints are hashed with BLAKE3, and its package is missing: pip install blake3"
+            f"the checkpoint's hash is {name}, and the package with it is missing: pip install {package}"
         ) from error
-    return blake3()
 
 
 _HASHES: dict[str, Callable[[], Hasher]] = {
-    "blake3": _blake3,
+    "xxh3_128": lambda: _of_package("xxhash", "xxh3_128"),
+    "blake3": lambda: _of_package("blake3", "blake3"),
     "sha256": hashlib.sha256,
     "blake2b": hashlib.blake2b,
 }

@@ -16,6 +16,7 @@ from typing import Any, cast
 from arc_dist.checkpoint_store.fields import MAX_INT, REMEDY, Fields, fields_of
 from arc_dist.checkpoint_store.format import (
     ATTEMPT_NAME,
+    FAST_HASH,
     FORMAT_NAME,
     FORMAT_VERSION,
     MAX_HEADER_BYTES,
@@ -195,6 +196,10 @@ def parse_manifest(data: bytes, where: str, directory: str) -> Manifest:
     _check_files(manifest, where)
     if version < manifest.version:
         raise StoreCorrupt(f"{where}: refers to other steps, which version {version} cannot. {REMEDY}", file=where)
+    if manifest.refers_to and manifest.hash == FAST_HASH:
+        raise StoreCorrupt(
+            f"{where}: refers to other steps by digests of {FAST_HASH}, too weak for it. {REMEDY}", file=where
+        )
     return manifest
 
 

@@ -26,10 +26,10 @@ from arc_dist.checkpoint_store.buffers import as_bytes, plain
 from arc_dist.checkpoint_store.catalog import Catalog
 from arc_dist.checkpoint_store.format import (
     ATTEMPT_NAME,
-    DEFAULT_HASH,
     MANIFEST_NAME,
     MAX_ATTEMPT_BYTES,
     MAX_MANIFEST_BYTES,
+    STRONG_HASH,
     ShardTensor,
     TensorSpec,
     new_hash,
@@ -70,7 +70,7 @@ class Place:
 def announcement(base: Manifest | None) -> dict[str, Any]:
     """The fields of `attempt.json` that say what the attempt may refer to: the base, and what has bytes of it."""
     held: dict[str, int] = {}
-    if base is not None and base.hash == DEFAULT_HASH:
+    if base is not None and base.hash == STRONG_HASH:
         for tensor in base.tensors:
             for chunk in tensor.chunks:
                 if chunk.nbytes >= MIN_REFERRED_BYTES:
@@ -118,12 +118,12 @@ def places(catalog: Catalog, base: str | None, refers: Iterable[str]) -> dict[_K
     the right size: what is damaged is written again, not referred to until nobody can restore anything.
     """
     manifest = None if base is None else _sound(catalog, base)
-    if manifest is None or manifest.hash != DEFAULT_HASH:
+    if manifest is None or manifest.hash != STRONG_HASH:
         return {}
     present: dict[str, set[tuple[object, ...]]] = {}
     for name in refers:
         holder = manifest if name == manifest.directory else _sound(catalog, name)
-        if holder is not None and holder.hash == DEFAULT_HASH:
+        if holder is not None and holder.hash == STRONG_HASH:
             whole = {f.name for f in holder.files if f.kind == "tensors" and _has_size(catalog, name, f)}
             present[name] = {part for part in _own_parts(holder) if part[3] in whole}
     found: dict[_Key, Place] = {}
@@ -212,7 +212,7 @@ def stored_digest(backend: Backend, run: str, place: Place) -> str:
         StoreError: it cannot be read at all.
     """
     with contextlib.closing(backend.open(f"{run}/{place.directory}/{place.file}")) as source:
-        return digest_range(source, place.start, place.nbytes, DEFAULT_HASH)
+        return digest_range(source, place.start, place.nbytes, STRONG_HASH)
 
 
 def check_references(catalog: Catalog, manifest: Manifest, attempt: bytes, where: str, *, timeout_s: float) -> None:
@@ -371,7 +371,7 @@ def _place_of(spec: TensorSpec, places: Mapping[_Key, Place]) -> Place | None:
 def _digest(tensor: ShardTensor, check_abort: Callable[[], None]) -> str:
     data = plain(tensor.values())  # kept alive while its memory is viewed
     view = as_bytes(data)
-    hasher = new_hash(DEFAULT_HASH)
+    hasher = new_hash(STRONG_HASH)
     for begin in range(0, len(view), _BLOCK_BYTES):
         check_abort()
         hasher.update(view[begin : begin + _BLOCK_BYTES])

@@ -19,10 +19,11 @@ import torch
 from arc_dist.checkpoint_store.backends import Backend, Sink
 from arc_dist.checkpoint_store.buffers import as_bytes, plain
 from arc_dist.checkpoint_store.format import (
-    DEFAULT_HASH,
+    FAST_HASH,
     FORMAT_VERSION,
     MAX_OBJECTS_BYTES,
     PLAIN_VERSION,
+    STRONG_HASH,
     ShardTensor,
     TensorSpec,
     assign_writers,
@@ -112,6 +113,7 @@ def write_rank(
     """
     selected = sorted(select(tensors, rank, world_size), key=lambda t: file_order_key(t.spec))
     known = places or {}
+    algorithm = FAST_HASH if unchanged is None else STRONG_HASH  # what is referred to later must have the strong one
     found = unchanged.find(selected, known, lambda: _check_abort(should_abort)) if unchanged is not None else {}
     mine = [t for t in selected if t.spec.name not in found]
     specs = [t.spec for t in mine]
@@ -124,7 +126,7 @@ def write_rank(
         pace.spend(nbytes, lambda: _check_abort(should_abort))
 
     try:
-        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, before_block)
+        digests = _write_shard(backend, f"{directory}/{shard_name(rank)}", header, mine, algorithm, before_block)
         published.append(shard_name(rank))
         _write_whole(backend, f"{directory}/{objects_name(rank)}", objects_bytes)
         published.append(objects_name(rank))
@@ -154,14 +156,12 @@ def write_rank(
         "rank": rank,
         "world_size": world_size,
         "directory": directory.rsplit("/", 1)[-1],
-        "hash": DEFAULT_HASH,
+        "hash": algorithm,
         "host": socket.gethostname(),
         "replicated": replicated_digest(t.spec for t in tensors),
         "files": [
-            _file_row(shard_name(rank), "tensors", rank, start, digest_of(header, DEFAULT_HASH), len(header)),
-            _file_row(
-                objects_name(rank), "objects", rank, len(objects_bytes), digest_of(objects_bytes, DEFAULT_HASH), 0
-            ),
+            _file_row(shard_name(rank), "tensors", rank, start, digest_of(header, algorithm), len(header)),
+            _file_row(objects_name(rank), "objects", rank, len(objects_bytes), digest_of(objects_bytes, algorithm), 0),
         ],
         "tensors": rows,
     }
@@ -207,6 +207,7 @@ def _write_shard(
     path: str,
     header: bytes,
     tensors: Sequence[ShardTensor],
+    algorithm: str,
     before_block: Callable[[int], None],
 ) -> list[str]:
     nbytes = len(header) + sum(t.spec.nbytes for t in tensors)
@@ -217,7 +218,7 @@ def _write_shard(
         sink.write(memoryview(header))
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
             for tensor in tensors:
-                digests.append(_stream(sink, pool, tensor, before_block))
+                digests.append(_stream(sink, pool, tensor, algorithm, before_block))
         sink.publish()
     except BaseException:
         sink.discard()
@@ -229,12 +230,13 @@ def _stream(
     sink: Sink,
     pool: concurrent.futures.Executor,
     tensor: ShardTensor,
+    algorithm: str,
     before_block: Callable[[int], None],
 ) -> str:
     """Writes one tensor's bytes while `pool` hashes them; returns the digest."""
     data = plain(tensor.values())  # the tensor itself in the usual case; kept alive while its memory is viewed
     view = as_bytes(data)
-    hasher = new_hash(DEFAULT_HASH)
+    hasher = new_hash(algorithm)
     if len(view) <= _SMALL_BYTES:
         before_block(len(view))
         hasher.update(view)
