@@ -16,6 +16,7 @@ are medians with a 95 % interval, and ratios within each turn.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import tempfile
@@ -62,6 +63,8 @@ class Bench:
         self.store = Store(directory / "store", owner="bench")
         self.store.check_writable()
         self.step = 0
+        self._numbers = itertools.count()
+        self.raw = directory / "raw"
 
     def save(self) -> None:
         self.step += 1
@@ -71,7 +74,8 @@ class Bench:
         self.store.commit(self.step, 0, 1, {0: part}, {"certified": True})
 
     def raw_write(self) -> None:
-        with open(self.directory / "raw", "wb", buffering=0) as file:
+        self.raw = self.directory / f"raw-{next(self._numbers)}"  # new, as a checkpoint's file is
+        with open(self.raw, "wb", buffering=0) as file:
             for tensor in self.tensors.values():
                 view = as_bytes(tensor)
                 for begin in range(0, len(view), 4 << 20):
@@ -87,7 +91,7 @@ class Bench:
 
     def raw_read(self) -> None:
         targets = [torch.empty_like(tensor) for tensor in self.tensors.values()]
-        with open(self.directory / "raw", "rb", buffering=0) as file:
+        with open(self.raw, "rb", buffering=0) as file:
             for target in targets:
                 file.readinto(as_bytes(target))
 
@@ -107,6 +111,8 @@ class Bench:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def drop_old(self) -> None:
+        for path in set(self.directory.glob("raw-*")) - {self.raw}:
+            path.unlink()
         shutil.rmtree(self.directory / "store" / "run" / f"step-{self.step - 1:08d}", ignore_errors=True)
 
 
