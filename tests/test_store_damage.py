@@ -10,6 +10,8 @@ import torch
 
 from arc_dist.checkpoint_store import Checkpoint, Store, TensorSpec
 from arc_dist.checkpoint_store.manifest import parse_manifest
+from arc_dist.checkpoint_store.tiers import Tiers, parse_tiers
+from arc_dist.checkpoint_store.transfer import copy_step
 from arc_dist.errors import StoreCorrupt, StoreError, StoreGone
 from store_helpers import files_of, random_tensor, same_bits, save, state, whole
 
@@ -297,3 +299,29 @@ def test_state_of_every_dtype_survives(store: Store) -> None:
     assert set(state()) < set(saved)
     for name, tensor in zip(saved, checkpoint.read([specs[name] for name in saved])):
         assert same_bits(tensor, saved[name]), name
+
+
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_flipped_bit_is_found_and_the_other_copy_is_used(tmp_path: Path, stride: int) -> None:
+    """Of every file of one copy; every single bit in the soak."""
+    tiers = Tiers(parse_tiers(f"{tmp_path}/fast, {tmp_path}/slow"), owner="o")
+    fast, slow = tiers.stores
+    fast.check_writable()
+    tensors = small_step(fast)
+    copy_step(fast.backend, fast.run, "step-00000001", slow.backend)
+    num_flips = 0
+    for file in files_of(step_path(fast, 1)):
+        original = file.read_bytes()
+        for position in range(0, 8 * len(original), stride):
+            altered = bytearray(original)
+            altered[position // 8] ^= 1 << (position % 8)
+            file.write_bytes(altered)
+            num_flips += 1
+            assert damage_is_found(fast, 1), (file.name, position)
+            checkpoint = tiers.open(1)
+            loaded = checkpoint.read([checkpoint.specs()[name] for name in tensors])
+            assert all(same_bits(got, meant) for got, meant in zip(loaded, tensors.values())), (file.name, position)
+            assert [checkpoint.objects(rank) for rank in range(2)] == [{"r": 0}, {"r": 1}], (file.name, position)
+        file.write_bytes(original)
+    assert not damage_is_found(fast, 1)
+    assert num_flips >= 8 * sum(len(file.read_bytes()) for file in files_of(step_path(fast, 1))) // stride
