@@ -14,7 +14,6 @@ from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest
 from arc_dist.errors import ArcError, StoreCorrupt
 
 REMEDY = "Restore an older step, or this one from a copy."
-_BLOCK_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,9 +141,10 @@ def is_in(chunk: Chunk, file: str) -> bool:
 def digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer: memoryview | None = None) -> str:
     """Digest of a range of a file, read block by block (into `buffer`, if given) so that it is hashed while cached."""
     hasher = new_hash(algorithm)
-    scratch = memoryview(bytearray(min(nbytes, _BLOCK_BYTES))) if buffer is None else None
-    for begin in range(0, nbytes, _BLOCK_BYTES):
-        size = min(_BLOCK_BYTES, nbytes - begin)
+    at_once = source.block_bytes
+    scratch = memoryview(bytearray(min(nbytes, at_once))) if buffer is None else None
+    for begin in range(0, nbytes, at_once):
+        size = min(at_once, nbytes - begin)
         block = buffer[begin : begin + size] if buffer is not None else cast("memoryview", scratch)[:size]
         source.read_into(start + begin, block)
         hasher.update(block)
@@ -152,5 +152,5 @@ def digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer
 
 
 def num_threads() -> int:
-    """How many files are read at once."""
-    return max(2, min(8, len(os.sched_getaffinity(0))))
+    """How many parts are read at once: as many as cores can hash, and enough that storage is not waited for."""
+    return max(4, min(8, len(os.sched_getaffinity(0))))

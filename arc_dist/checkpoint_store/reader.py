@@ -28,7 +28,6 @@ from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.verification import Problem
 from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
 
-_BLOCK_BYTES = 4 << 20
 _RETRIES = Retries(attempts=4)
 _Result = TypeVar("_Result")
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes of a part of a tensor

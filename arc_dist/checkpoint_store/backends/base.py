@@ -63,7 +63,14 @@ class Sink(Protocol):
 
 
 class Source(Protocol):
-    """A file opened for reading at any place, by several threads at once."""
+    """A file opened for reading at any place, by several threads at once.
+
+    Attributes:
+        block_bytes: how much to ask for at once: little enough for the cache of a core that hashes it, and so much that
+            a request is worth its way.
+    """
+
+    block_bytes: int
 
     @property
     def nbytes(self) -> int: ...

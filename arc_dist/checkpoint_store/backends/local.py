@@ -255,6 +255,8 @@ class _LocalSink:
 
 
 class _LocalSource:
+    block_bytes = 4 << 20
+
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor: int | None = descriptor

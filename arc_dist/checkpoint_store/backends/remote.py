@@ -333,6 +333,8 @@ class _MemorySink:
 
 
 class _RemoteSource:
+    block_bytes = _BLOCK_BYTES
+
     def __init__(self, backend: RemoteBackend, path: str, nbytes: int) -> None:
         self._backend = backend
         self._path = path
