@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from arc_dist.checkpoint_store import Store, TensorSpec
+from arc_dist.checkpoint_store.manifest import parse_manifest
 from arc_dist.checkpoint_store.tiers import Tier, Tiers
-from arc_dist.errors import Fenced, StoreCorrupt, StoreGone
+from arc_dist.errors import Fenced, StoreCorrupt, StoreError, StoreGone
 from dedup_helpers import LARGE
 from store_helpers import fsdp_cut, random_tensor, rows, same_bits, whole
 
@@ -41,6 +41,7 @@ class Save:
     certified: bool
     parts: dict[int, Any]
     directory: str = ""
+    order: int = 0  # of its commit; an attempt may be committed after one that was begun later
     manifest_damaged: bool = False
     shard_damaged: bool = False
     quarantined: bool = False
@@ -104,6 +105,7 @@ class Life(RuleBasedStateMachine):
 
     def committed(self, save: Save) -> None:
         self.open.remove(save)
+        save.order = next(self.numbers)
         self.commits.append(save)
         count("commit")
         count("referred", bool(refers_to(self.root, save.directory)))
@@ -263,10 +265,8 @@ def refers_to(root: Path, directory: str) -> set[str]:
     """What a step refers to; what an attempt, or a step with a damaged manifest, has announced."""
     path = root / "run" / directory
     try:
-        text = (path / "manifest.json").read_text()
-        json.loads(text)
-        names = re.findall(r'"directory": ?"([^"]+)"', text)
-    except (FileNotFoundError, ValueError):
+        names = parse_manifest((path / "manifest.json").read_bytes(), "m", directory).refers_to
+    except (FileNotFoundError, StoreError):
         names = json.loads((path / "attempt.json").read_text()).get("refers", [])
     return set(names) - {directory}
 

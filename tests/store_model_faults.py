@@ -151,7 +151,7 @@ class TieredLife(FaultyLife):
         assert [info.step for info in self.tiers().steps()] == sorted({*fast, *slow})
         step = data.draw(st.sampled_from(sorted({*fast, *slow})))
         both = [tier[step] for tier in (fast, slow) if step in tier]
-        wanted = max(both, key=lambda save: save.seed)
+        wanted = max(both, key=lambda save: save.order)
         helped = any(save.seed == wanted.seed and not save.shard_damaged for save in both)
         try:
             require_restorable(self.tiers().open(step), wanted, world)
