@@ -50,7 +50,7 @@ def live(
 
 @pytest.mark.timeout(400)
 def test_two_thousand_steps(shm_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    live(shm_root, 30, 80, random_seed=False)
+    live(shm_root, 38, 80, random_seed=False)
     with capsys.disabled():
         print(f" {counted}", end="")
     assert counted["step"] >= 2000
