@@ -6,7 +6,8 @@ One process, one shard. All arms of a comparison take turns in one run, so that 
 are medians with a 95 % interval, and ratios within each turn.
 
 * write: our shard, hashed, fsynced and committed / the same bytes written raw and fsynced / ``dcp.save`` (no fsync).
-* read: our verified restore / the same bytes read raw / ``dcp.load``, from the page cache; cold: from the disk.
+* read: our verified restore / the same bytes read raw / ``dcp.load``, from the page cache; cold: from the disk. All
+  into memory that is new, as in a process that has just started; reuse: into memory that was touched before.
 * stall: what stops training: a snapshot (capture) and, once it is trusted, handing it to the background writer, each
   beside a bare copy of the same bytes into memory that is there already.
 * memory: how much the process grows while a save is written from the snapshot.
@@ -16,6 +17,7 @@ are medians with a 95 % interval, and ratios within each turn.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import os
 import shutil
@@ -36,6 +38,7 @@ from arc_dist.coordinator.service import Coordinator
 from arc_dist.snapshot.ring import SnapshotRing
 from stats import describe, setting
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _WARM_UP = 4  # turns that are not counted: caches and allocators, and a virtual machine gets its memory page by page
 
 
@@ -147,6 +150,13 @@ def compare(
         print(line, flush=True)
 
 
+def _reuse_memory(reuse: bool) -> None:
+    """Whether the C library hands out freed memory again, or gives large pieces back and takes new ones."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_THRESHOLD, (2**31 - 1) if reuse else 128 << 10)
+    mallopt(_M_TRIM_THRESHOLD, (2**31 - 1) if reuse else 128 << 10)
+
+
 def stall(bench: Bench, blocks: int) -> None:
     """Prints what a save takes of the training thread, and of memory."""
     names, tensors = list(bench.tensors), list(bench.tensors.values())
@@ -247,8 +257,11 @@ def main() -> None:
         writing = {"ours": bench.save, "raw + fsync": bench.raw_write, "dcp.save": bench.dcp_save}
         compare("write", writing, args.blocks, after=bench.drop_old)
         reading = {"ours": bench.restore, "raw": bench.raw_read, "dcp.load": bench.dcp_load}
+        _reuse_memory(False)
         compare("read", reading, args.blocks)
         compare("cold", reading, args.blocks, before=bench.evict)
+        _reuse_memory(True)
+        compare("reuse", reading, args.blocks)
         stall(bench, args.blocks)
         seconds, step = list_many(Path(directory), 1000, 64)
         print(f"list   newest of 1,000 steps of 64 ranks: step {step} in {seconds:.3f} s")

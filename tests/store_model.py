@@ -104,7 +104,6 @@ class Life(RuleBasedStateMachine):
         return Save(next(self.numbers), self.step, self.owner, self.generation, world, certified, {})
 
     def committed(self, save: Save) -> None:
-        self.open.remove(save)
         save.order = next(self.numbers)
         self.commits.append(save)
         count("commit")
@@ -121,7 +120,7 @@ class Life(RuleBasedStateMachine):
     def save_and_commit(self, ahead: int, world: int, certified: bool) -> None:
         self.save(ahead, world, certified)
         self.commit(self.open[-1])  # by the newest generation of the newest start: nothing may refuse it
-        self.committed(self.open[-1])
+        self.committed(self.open.pop())
 
     def drop(self, saves: list[Save]) -> None:
         for save in saves:
@@ -152,6 +151,7 @@ class Life(RuleBasedStateMachine):
             count("fenced")
             return
         assert not must and not self.refers_to_damage(save)
+        self.open.remove(save)
         self.committed(save)
 
     @precondition(lambda self: self.commits)

@@ -57,7 +57,7 @@ class FaultyLife(Life):
                 assert any(c.owner == save.owner and c.generation > save.generation for c in self.commits)
         count("killed" if killer.died else "survived")
         if save.directory and (self.root / "run" / save.directory / "manifest.json").exists():
-            self.commits.append(save)  # whole, whether or not anybody was told
+            self.committed(save)  # whole, whether or not anybody was told
         self.go_back(0, True)
 
     @precondition(lambda self: self.commits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 from collections.abc import Callable
 from typing import cast
@@ -108,6 +107,11 @@ class OpenFiles:
             if not isinstance(opened, ArcError):
                 opened[0].close()
 
+    def num_streams(self) -> int:
+        """How many parts are best read at once of the files that were asked for so far."""
+        files = [opened for opened in self._open.values() if not isinstance(opened, ArcError)]
+        return max((source.num_streams() for source, _ in files), default=1)
+
     def get(self, name: str) -> tuple[Source, bytes]:
         return self._get((None, name), lambda: self.directory.open_file(self._entries[name]))
 
@@ -149,8 +153,3 @@ def digest_range(source: Source, start: int, nbytes: int, algorithm: str, buffer
         source.read_into(start + begin, block)
         hasher.update(block)
     return hasher.hexdigest()
-
-
-def num_threads() -> int:
-    """How many parts are read at once: as many as cores can hash, and enough that storage is not waited for."""
-    return max(4, min(8, len(os.sched_getaffinity(0))))

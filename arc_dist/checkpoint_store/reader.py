@@ -23,7 +23,7 @@ from arc_dist.checkpoint_store.format import (
     torch_dtype,
 )
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest, TensorEntry
-from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range, num_threads
+from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range
 from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.verification import Problem
 from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
@@ -116,10 +116,12 @@ class Checkpoint:
             StoreError: see `arc_dist.errors`.
         """
         self.check_specs(specs)
-        with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+        with contextlib.ExitStack() as stack:
             files = {copy: stack.enter_context(OpenFiles(copy._directory)) for copy in (self, *self._copies)}
             for spec in specs:
                 self._require_files(files, spec)
+            num_threads = max(opened.num_streams() for opened in files.values())
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(num_threads))
             results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
             jobs = [
                 pool.submit(self._read_box, files, spec, box, result, progress)

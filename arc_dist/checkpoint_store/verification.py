@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 from arc_dist.checkpoint_store.backends import is_missing
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, TensorEntry
-from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range, is_in, num_threads
+from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range, is_in
 from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.shard import parse_header
 from arc_dist.errors import StoreCorrupt, StoreDenied, StoreError, StoreGone
 
+_NUM_FILES = 8  # that are read at once
 _RETRIES = Retries(attempts=4)
 _DIFFERS = "bytes differ from the manifest"
 _Progress = Callable[[int], None]
@@ -39,7 +40,7 @@ class Problem:
 def verify(directory: Directory, progress: _Progress | None = None) -> list[Problem]:
     """See `Checkpoint.verify`."""
     manifest, report = directory.manifest, progress or _silent
-    with concurrent.futures.ThreadPoolExecutor(num_threads()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_NUM_FILES) as pool:
         jobs = [pool.submit(_verify_file, directory, entry, report) for entry in manifest.files]
         jobs += [pool.submit(_verify_referred, directory, other, report) for other in manifest.refers_to]
         problems = [problem for job in jobs for problem in job.result()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import os
 from collections.abc import Generator
 from typing import Protocol
 
@@ -62,6 +63,11 @@ class Sink(Protocol):
     def discard(self) -> None: ...
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 class Source(Protocol):
     """A file opened for reading at any place, by several threads at once.
 
@@ -74,6 +80,10 @@ class Source(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    def num_streams(self) -> int:
+        """How many parts of it are best read at once, by as many threads."""
+        ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer`; StoreCorrupt when the file ends before it is full."""

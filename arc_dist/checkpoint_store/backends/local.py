@@ -14,12 +14,13 @@ import stat
 import uuid
 from pathlib import Path
 
-from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Source, store_error, translated
+from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Source, num_cores, store_error, translated
 from arc_dist.checkpoint_store.backends.nfs_client import ask_server, is_of_client, only_of_client
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreGone
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _MAX_INTERRUPTS = 1000  # of one call: a profiler's timer may interrupt a long reservation again and again
+_NUM_SAMPLES = 8
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 
 
@@ -255,7 +256,7 @@ class _LocalSink:
 
 
 class _LocalSource:
-    block_bytes = 4 << 20
+    block_bytes = 1 << 20
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -281,6 +282,25 @@ class _LocalSource:
                     )
                 offset += count
                 buffer = buffer[count:]
+
+    def num_streams(self) -> int:
+        # From the page cache as many as cores can copy and hash. From a disk, several streams undo the kernel's reading
+        # ahead, and what the disk's own work needs of the cores is taken from it.
+        cores = min(8, num_cores())
+        return max(2, cores) if self._is_cached() else max(1, cores // 2)
+
+    def _is_cached(self) -> bool:
+        """Whether a sample of the file is in memory; True where the file system cannot say."""
+        assert self._descriptor is not None
+        byte = bytearray(1)
+        for number in range(_NUM_SAMPLES):
+            try:
+                os.preadv(self._descriptor, [byte], self.nbytes * number // _NUM_SAMPLES, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True  # it knows no such reads, or an error that the reads themselves will meet
+        return True
 
     def close(self) -> None:
         if self._descriptor is not None:

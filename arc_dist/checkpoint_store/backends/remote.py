@@ -16,7 +16,15 @@ import urllib.parse
 from collections.abc import Generator
 from typing import Any, cast
 
-from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Sink, Source, Unsupported, store_error
+from arc_dist.checkpoint_store.backends.base import (
+    Capabilities,
+    Entry,
+    Sink,
+    Source,
+    Unsupported,
+    num_cores,
+    store_error,
+)
 from arc_dist.errors import (
     ArcError,
     ConfigError,
@@ -334,6 +342,9 @@ class _MemorySink:
 
 class _RemoteSource:
     block_bytes = _BLOCK_BYTES
+
+    def num_streams(self) -> int:
+        return max(4, min(8, num_cores()))  # requests wait for their answers
 
     def __init__(self, backend: RemoteBackend, path: str, nbytes: int) -> None:
         self._backend = backend
