@@ -85,10 +85,10 @@ class Short(Faults):
         if call.name == "write":
             descriptor, data = call.arguments
             return self.real["write"](descriptor, bytes(data[: max(1, len(data) // 2)]))
-        descriptor, (buffer,), offset = call.arguments
+        descriptor, (buffer,), *where = call.arguments
         if self.code == 0:
             return 0
-        return self.real["preadv"](descriptor, [buffer[: max(1, len(buffer) // 2)]], offset)
+        return self.real["preadv"](descriptor, [buffer[: max(1, len(buffer) // 2)]], *where)
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:
@@ -311,8 +311,12 @@ def test_a_file_that_ends_while_it_is_read(shm_root: Path, monkeypatch: pytest.M
         step, error = under(faults, monkeypatch, lambda: restore(Store(root)))
         if not faults.fired:
             break
+        (call,) = faults.fired
+        if len(call.arguments) == 4:  # with flags: it asked whether the file is in memory, and uses no byte of it
+            assert (step, error) == (NEW, None)
+            continue
         # A manifest that has ended is damage: the older step is the right answer.
-        manifest = faults.fired[0].paths[0].endswith("manifest.json")
+        manifest = call.paths[0].endswith("manifest.json")
         assert isinstance(error, StoreCorrupt) or (manifest and step == OLD), faults.fired
     assert number > 4
 
