@@ -120,7 +120,10 @@ def test_contract(case: contract.Case, bucket: str) -> None:
 def test_the_contract_runs_on_storage_named_in_the_environment(bucket: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_store_contract.py")]
     environ = {**os.environ, "ARC_TEST_STORES": f"{bucket}/own"}
-    done = subprocess.run([*command, "-k", "of_ones_own"], env=environ, capture_output=True, text=True, timeout=250)
+    # Not in the checkout, whose package would come before an installed one that is to be tested.
+    done = subprocess.run(
+        [*command, "-k", "of_ones_own"], env=environ, capture_output=True, text=True, timeout=250, cwd=TESTS
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(contract.cases())} passed" in done.stdout
 

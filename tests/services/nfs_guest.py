@@ -14,6 +14,7 @@ As a program it starts the server, mounts, and goes on as the Python program tha
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import runpy
 import subprocess
@@ -103,7 +104,19 @@ def start_server(*, grace: bool = False) -> None:
     run("rpc.nfsd", "-N", "3", "-V", "4.1", "-V", "4.2", "4")
     assert is_serving()
     if not grace:
-        (_CONTROL / "v4_end_grace").write_text("Y\n")
+        _end_grace()
+
+
+def _end_grace() -> None:
+    for _ in range(1000):
+        try:
+            (_CONTROL / "v4_end_grace").write_text("Y\n")
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # the server has not yet begun its grace time
+                raise
+            time.sleep(0.01)
+    raise TimeoutError("the server does not begin its grace time")
 
 
 def stop_server() -> None:
