@@ -156,8 +156,10 @@ class Sections:
             yield
         finally:
             now = _clock()
-            self._words[TIME + index] += now - began
-            self._stays.setdefault(name, deque(maxlen=_KEPT_STAYS)).append(now - began)
+            # Without the time of sections inside this one; but a loop inside it has changed what goes on.
+            stay = now - (self._since if self._index == index else began)
+            self._words[TIME + index] += stay
+            self._stays.setdefault(name, deque(maxlen=_KEPT_STAYS)).append(stay)
             section, outer, before, limit = self._outer.pop()
             if self._section == section:  # an exception may have led to another section meanwhile
                 # The section around it goes on as if the one inside had taken no time.

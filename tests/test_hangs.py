@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from arc_dist.telemetry.report import render, summarize
 from ranks import run_ranks, run_supervised
 from toy import Toy, plain
 
@@ -109,3 +110,20 @@ def test_a_long_evaluation_is_no_hang(tmp_path, model):
     assert of_kind(lines, "hang") == []
     assert [result["generation"] for result in results] == [0, 0]
     assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), output
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "slow", "part"),
+    [("ddp", 3, "loss", "forward"), ("fsdp", 2, "data", "data wait"), ("fsdp", 2, "loss", "forward")],
+)
+def test_a_rank_that_is_slow_all_the_time_is_reported_once(tmp_path, model, world_size, slow, part):
+    """Its steps take as long as all others', which wait for it; what differs is its own work."""
+    toy = Toy(kind=model, steps=220)
+    _, lines, output = job(tmp_path, toy, world_size, kind="none", rank=0, step=0, slow={"1": [slow, 0.04]})
+    assert of_kind(lines, "hang") == []
+    (report,) = [line for line in of_kind(lines, "straggler") if line["ranks"] == [1]]
+    assert report["part"] == part, output
+    assert report["ratio"] > 1.5
+    assert report["excess_s"] > 0.01
+    assert "rank 1 is slow" in output
+    assert "straggler" in render(summarize(lines))
