@@ -103,6 +103,15 @@ def test_a_silent_supervisor_does_not_hold_up_the_verdict(job):
     assert job.incidents()[0]["ranks"] == [2]
 
 
+def test_the_second_hang_at_a_step_is_given_more_time(job):
+    number = job.say(0)["inquiry"]
+    for rank in range(3):
+        job.say(rank, inquiry=number, writes=1, **(IN_DATA if rank == 2 else {}))
+    job.clock.now += 100.0
+    assert job.say(0)["inquiry"] == 0  # 70 s of 60 s were enough the first time
+    assert job.say(0, step=13)["inquiry"] > 0
+
+
 def test_who_waits_for_a_rank_within_its_limit_does_not_ask_again_at_once(job):
     number = job.say(0)["inquiry"]
     evaluating = {"section": int(Section.SCRIPT), "name": "evaluate", "collective": False, "step": 11}

@@ -17,6 +17,7 @@ from arc_dist.protocol.hangs import (
     Inquiry,
     Kind,
     Longest,
+    Patience,
     Section,
     Sighting,
     judge,
@@ -179,6 +180,24 @@ def test_what_cannot_be_told_is_not_told_but_ended():
     same = judge([seen(0), seen(1), seen(2)])
     assert (same.kind, same.culprits, len(same.condemned)) == (Kind.HANG, (), 1)
     assert "cannot be told" in same.reason
+
+
+def test_a_rank_that_works_ahead_of_those_who_wait_for_it_is_blamed_when_overdue():
+    """In a loop that is not ours the vote comes after, and before, the script's own code."""
+    stuck = working(0, Section.SCRIPT, limit_s=1800.0, elapsed_s=2000.0)
+    assert judge([stuck, seen(1, Section.VOTE)]).culprits == (0,)
+    assert judge([dataclasses.replace(stuck, elapsed_s=100.0), seen(1, Section.VOTE)]).kind is Kind.WAITING
+
+
+def test_the_same_step_gets_more_patience_each_time_and_the_next_one_none():
+    patience, factors = Patience(), []
+    for _ in range(5):
+        patience = patience.after_hang(12)
+        factors.append(patience.at(12))
+    assert factors == sorted(factors) and factors[0] > 1 and factors[-1] == factors[-2]
+    assert patience.at(7) == factors[-1]  # the way to that step is done again
+    assert patience.at(13) == 1
+    assert patience.after_hang(20).at(20) == factors[0]
 
 
 def test_a_collective_that_somebody_entered_late_is_waited_for():

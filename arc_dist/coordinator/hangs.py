@@ -19,7 +19,7 @@ from arc_dist.coordinator.records import append_incident
 from arc_dist.coordinator.speed import Speed, read_spent
 from arc_dist.coordinator.wire import Fields
 from arc_dist.errors import ConfigError
-from arc_dist.protocol.hangs import Conduct, Inquiry, Kind, Section, Sighting, Verdict, judge, merge_limits
+from arc_dist.protocol.hangs import Conduct, Inquiry, Kind, Patience, Section, Sighting, Verdict, judge, merge_limits
 from arc_dist.protocol.job import Job, Phase
 from arc_dist.protocol.stragglers import Slow, Streaks, compare
 
@@ -68,6 +68,7 @@ class HangDesk:
         self._findings: list[_Finding] = []
         self._slow: list[tuple[int, Slow]] = []
         self._streaks = Streaks()
+        self._patience = Patience()
         self._begin(-1)
 
     def _begin(self, generation: int) -> None:
@@ -111,11 +112,12 @@ class HangDesk:
         self._slow += [(window.step, one) for one in reported]
 
     def _agreed(self, seen: Sighting) -> Sighting:
-        """With the largest limit that any rank learned; a stopped process learns nothing from others."""
+        """With the largest limit that any rank learned, and patience; neither helps a stopped process."""
         if seen.limit_s == 0 or seen.conduct is Conduct.STOPPED:
             return seen
         merged = functools.reduce(merge_limits, self._limits.values(), {})
-        return dataclasses.replace(seen, limit_s=max(seen.limit_s, merged.get(seen.name, 0.0)))
+        limit_s = max(seen.limit_s, merged.get(seen.name, 0.0)) * self._patience.at(seen.step)
+        return dataclasses.replace(seen, limit_s=limit_s)
 
     # ------------------------------------------------------------------ the inquiry
 
@@ -150,6 +152,7 @@ class HangDesk:
             self._quiet_until_s = now_s + verdict.pause_s
             return
         self._quiet_until_s = now_s + _AGAIN_S
+        self._patience = self._patience.after_hang(min(seen.step for seen in inquiry.told.values()))
         self._findings.append(_Finding(generation=self._generation, verdict=verdict, told=dict(self._told)))
         reason = verdict.reason if verdict.culprits else f"culprit unknown: {verdict.reason}"
         self._condemned = {rank: {"writes": self._told[rank].writes, "reason": reason} for rank in verdict.condemned}

@@ -11,9 +11,14 @@ starts an inquiry: every rank is looked at (`Sighting`), and `judge` asks who th
 2. Otherwise the ranks that are *behind* (lower step, earlier section) and do not wait in a collective are those that
    the others wait for. Are they overdue, they are the culprits; are they not, it is no hang: an evaluation of rank 0
    may take as long as its own limit says.
-3. Are all that are behind in a collective themselves, the ranks disagree about the order of collectives: some rank
-   left one out. The side with fewer ranks is blamed; with two equal sides nobody can tell, and that is what is said.
+3. Are all that are behind in a collective themselves, those ahead that are not and are overdue are the culprits (in a
+   loop that is not ours the order of sections is not that of time).
+   Otherwise the ranks disagree about the order of collectives: some rank left one out. The side with fewer ranks is
+   blamed; with two equal sides nobody can tell, and that is what is said.
 4. A rank whose supervisor is silent is blamed only if nobody can be by the rules above.
+
+**Patience.** What hangs again at the same step may be an outage that has to be waited for, so each further attempt at
+that step has a longer limit; the budgets (`protocol.budgets`) end a job that gets no further all the same.
 
 A process under a debugger is never judged. `judge` never names a rank that is within its limits and not stopped.
 """
@@ -31,6 +36,7 @@ BLOCK_STEPS = 512  # an outlier is forgotten after one to two blocks
 COMPILE_LIMIT_S = 1800.0
 INQUIRY_LIMIT_S = 15.0
 _LEAST_PAUSE_S = 1.0
+_PATIENCE_GROWTH, _PATIENCE_MOST = 4.0, 64.0
 _LONGEST_PAUSE_S = 60.0
 
 
@@ -152,6 +158,24 @@ class Longest:
 def merge_limits(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """The limits of two ranks as one: the largest wins. Commutative, associative, idempotent."""
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in one.keys() | other.keys()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patience:
+    """By how much limits are stretched up to a step at which a hang was found before."""
+
+    step: int = -1
+    factor: float = 1.0
+
+    def at(self, step: int) -> float:
+        """What a limit is multiplied with."""
+        return self.factor if step <= self.step else 1.0
+
+    def after_hang(self, step: int) -> Patience:
+        """After a hang at `step`."""
+        if step > self.step:
+            return Patience(step=step, factor=_PATIENCE_GROWTH)
+        return dataclasses.replace(self, factor=min(self.factor * _PATIENCE_GROWTH, _PATIENCE_MOST))
 
 
 # ---- who hangs -------------------------------------------------------------------------------------------------------
@@ -285,6 +309,9 @@ def judge(sightings: Sequence[Sighting], silent: Collection[int] = ()) -> Verdic
     on_their_way = [seen for seen in ahead if not seen.collective and not seen.is_overdue]
     if on_their_way:
         return _await(on_their_way)
+    working = [seen for seen in ahead if not seen.collective]
+    if working:
+        return _blame(working)
     if not all(seen.is_overdue for seen in behind):
         return _await([seen for seen in behind if not seen.is_overdue])
     return _disagreement(sightings, by_position=bool(ahead))
