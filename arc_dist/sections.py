@@ -44,6 +44,7 @@ class Sections:
         self._policy = policy
         self._straggler_factor = straggler_factor
         self._longest = [Longest() for _ in range(NUM_SECTIONS)]
+        self._warm = [Longest() for _ in range(NUM_SECTIONS)]  # over the first steps of processes
         self._bounds = [0] * NUM_INDEXES  # of the present block; what is longer goes the slow way
         self._limits = [0] * NUM_INDEXES
         self._stays: dict[str, deque[int]] = {}
@@ -109,7 +110,7 @@ class Sections:
         index, words = self._index, self._words
         stay = now - self._since
         words[TIME + index] += stay
-        if stay > self._bounds[index] and not self._warming_up:
+        if stay > self._bounds[index]:
             self._grew(index, stay)
         self._section = self._index = section
         self._since = now
@@ -194,14 +195,17 @@ class Sections:
         if index >= NUM_SECTIONS:
             return
         self._bounds[index] = stay
-        longest = self._longest[index]
-        longest.add(stay)
-        self._set_limit(index)
+        if self._warming_up:
+            self._warm[index].add(stay)
+        else:
+            self._longest[index].add(stay)
+            self._set_limit(index)
 
     def _keep_house(self) -> None:
         """Every so many steps: the end of the warm-up, and of a block."""
         if self._warming_up:
             self._warming_up = False
+            self._bounds = [0] * NUM_INDEXES
             self._housekeeping_at += ENOUGH_STEPS - WARM_UP_STEPS
         else:
             self._num_learned += 1
@@ -217,7 +221,8 @@ class Sections:
             self._set_limit(index)
 
     def _set_limit(self, index: int) -> None:
-        longest = self._longest[index].value
+        # What this process itself needs for its first steps is for others to know.
+        longest = self._warm[index].last if self._warming_up else self._longest[index].value
         known = longest / _NS if longest and self._num_learned else None
         limit_s = self._policy.limit_s(Section(index), known, warming_up=self._warming_up)
         self._limits[index] = self._words[LIMIT + index] = int(limit_s * _NS)
@@ -229,15 +234,17 @@ class Sections:
     def state_dict(self) -> dict[str, Any]:
         return {
             "longest": {Section(index).name: longest.value for index, longest in enumerate(self._longest)},
+            "warm": {Section(index).name: longest.value for index, longest in enumerate(self._warm)},
             "stays": {name: list(stays) for name, stays in self._stays.items()},
             "learned": self._num_learned,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What was learned before a restart; the first steps of the new process have generous limits all the same."""
-        for name, longest in state["longest"].items():
-            known = self._longest[Section[name]]
-            known.last = max(known.last, int(longest))
+        """What was learned before a restart."""
+        for mine, theirs in ((self._longest, state["longest"]), (self._warm, state["warm"])):
+            for name, longest in theirs.items():
+                known = mine[Section[name]]
+                known.last = max(known.last, int(longest))
         for name, stays in state["stays"].items():
             mine = self._stays.setdefault(name, deque(maxlen=_KEPT_STAYS))
             if not mine:

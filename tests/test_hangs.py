@@ -112,6 +112,34 @@ def test_a_long_evaluation_is_no_hang(tmp_path, model):
     assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), output
 
 
+def test_a_script_that_knows_nothing_of_us_is_watched_when_asked_for(tmp_path):
+    env = {"ARC_RUN_DIR": str(tmp_path / "run"), "ARC_HANG_DEADLINE_S": "8"}
+    script = str(Path(SCRIPT).with_name("unguarded_hang.py"))
+    done = run_supervised(2, script, str(tmp_path), env=env, timeout_s=240)
+    output = done.stdout + done.stderr
+    assert done.exit_code == 0, output
+    assert (tmp_path / "hung").exists(), output
+    assert [(tmp_path / f"done-{rank}").read_text() for rank in (0, 1)] == ["1", "1"], output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()]
+    (hang,) = of_kind(lines, "hang")
+    assert hang["ranks"] == [1], output
+    assert "in main" in Path(hang["stacks"]).read_text()
+
+
+def test_a_hang_that_always_comes_back_ends_the_job(tmp_path):
+    """Without progress beyond it: exit code 77, and each time more patience."""
+    toy = Toy(kind="single", steps=24)
+    settings = {"hang_min_s": 1.0, "hang_factor": 2.0}
+    _, lines, output = job(tmp_path, toy, 1, code=77, kind="spin", rank=0, step=15, settings=settings, always=True)
+    hangs = of_kind(lines, "hang")
+    assert [hang["ranks"] for hang in hangs] == [[0]] * len(hangs)
+    assert 3 <= len(hangs) <= 4, output
+    waits_s = [hang["seen_after_s"] for hang in hangs]
+    assert waits_s[1] > 3.0 and waits_s[2] > 12.0, output
+    (stop,) = of_kind(lines, "job_stopped")
+    assert "spin" not in stop["cause"] and "hung" in stop["cause"]
+
+
 @pytest.mark.parametrize(
     ("model", "world_size", "slow", "part"),
     [("ddp", 3, "loss", "forward"), ("fsdp", 2, "data", "data wait"), ("fsdp", 2, "loss", "forward")],

@@ -90,7 +90,7 @@ def test_what_was_not_learned_is_given_the_generous_limit(section):
     policy = HangPolicy(min_s=1.0, unseen_s=1800.0)
     never = section in (Section.NONE, Section.DONE)
     assert policy.limit_s(section, None, warming_up=False) == (0.0 if never else 1800.0)
-    assert policy.limit_s(section, 0.001, warming_up=True) == (0.0 if never else 1800.0)
+    assert policy.limit_s(section, None, warming_up=True) == (0.0 if never else 1800.0)
     learned = policy.limit_s(section, 0.001, warming_up=False)
     assert learned == (0.0 if never else 1.0 if section in LEARNED else 1800.0)
 
@@ -99,7 +99,9 @@ def test_a_limit_set_by_hand_wins_except_at_the_start_and_nothing_is_watched_at_
     policy = HangPolicy(deadline_s=7.0, unseen_s=100.0)
     assert policy.limit_s(Section.FORWARD, 50.0, warming_up=False) == 7.0
     assert policy.limit_s(Section.SCRIPT, None, warming_up=False) == 7.0
-    assert policy.limit_s(Section.FORWARD, 50.0, warming_up=True) == 100.0
+    assert policy.limit_s(Section.FORWARD, None, warming_up=True) == 100.0
+    assert policy.limit_s(Section.FORWARD, 50.0, warming_up=True) == 500.0  # as long as the last process took, and more
+    assert policy.limit_s(Section.FORWARD, 0.1, warming_up=True) == 60.0
     assert policy.limit_s(Section.START, None, warming_up=False) == 100.0
     assert policy.named_s(50.0, None) == 7.0
     assert policy.named_s(50.0, 3.0) == 3.0

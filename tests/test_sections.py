@@ -107,9 +107,11 @@ def test_an_outlier_is_forgotten_after_two_blocks(page, tmp_path):
     assert page.spent().limit_ns["update"] / 1e9 < 10.0
 
 
-def test_what_was_learned_survives_a_restart_but_not_its_warm_up(page, tmp_path):
+def test_what_was_learned_survives_a_restart_and_so_does_how_long_the_first_steps_take(page, tmp_path):
     before = attached(tmp_path)
-    steps(before, 1, 3 * ENOUGH_STEPS)
+    before.begin_step(1, Section.FORWARD)
+    time.sleep(1.0)  # compilation, say
+    steps(before, 2, 3 * ENOUGH_STEPS)
     for _ in range(3):
         with before.named("evaluate", None):
             time.sleep(0.01)
@@ -117,9 +119,10 @@ def test_what_was_learned_survives_a_restart_but_not_its_warm_up(page, tmp_path)
     page.clear()
     after = attached(tmp_path)
     after.load_state_dict(state)
-    assert page.spent().limit_ns["forward"] / 1e9 == 1800
-    steps(after, 31, WARM_UP_STEPS)
-    assert page.spent().limit_ns["forward"] / 1e9 < 1800
+    steps(after, 31, 1)
+    assert 10.0 <= page.spent().limit_ns["forward"] / 1e9 < 1800  # found soon, also when it hangs at once
+    steps(after, 32, WARM_UP_STEPS)
+    assert page.spent().limit_ns["forward"] / 1e9 < 10.0
     with after.named("evaluate", None):
         assert 0.1 <= page.read().limit_ns / 1e9 < 1800
 

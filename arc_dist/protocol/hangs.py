@@ -1,8 +1,9 @@
 """Hangs: how long a rank may stay in a section, whether a job hangs, and which rank the others wait for.
 
-**Deadlines.** Each rank learns the longest stay of each section over its recent past (`Longest`), leaves out the first
-steps of a process (compilation, warming up), and multiplies by a factor. A section that was never seen has a generous
-limit. The ranks' limits are merged by taking the largest, so that one slow rank does not make the others look hung.
+**Deadlines.** Each rank learns the longest stay of each section over its recent past (`Longest`) and multiplies by a
+factor. The first steps of a process (compilation, warming up) are learned apart, for the processes after it. A section
+that was never seen has a generous limit. The ranks' limits are merged by taking the largest, so that one slow rank does
+not make the others look hung.
 
 **Verdict.** In a synchronous job one stuck rank makes all others wait, and then all are overdue. So being overdue only
 starts an inquiry: every rank is looked at (`Sighting`), and `judge` asks who the others wait for:
@@ -30,7 +31,7 @@ import enum
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-WARM_UP_STEPS = 5  # of each process, not learned from: compilation, lazy set-up, rebuilt buckets
+WARM_UP_STEPS = 5  # of each process, learned from for other processes only: compilation, lazy set-up, rebuilt buckets
 ENOUGH_STEPS = 10  # before what was learned in this run counts
 BLOCK_STEPS = 512  # an outlier is forgotten after one to two blocks
 COMPILE_LIMIT_S = 1800.0
@@ -103,19 +104,18 @@ class HangPolicy:
 
         Args:
             section: which.
-            longest_s: its longest stay, or None when too little was seen.
+            longest_s: its longest stay, or None when too little was seen; of the first steps of earlier processes
+                while this one is in its first steps.
             warming_up: the process is in its first steps.
         """
         if self.deadline_s == 0 or section in (Section.NONE, Section.DONE):
             return 0.0
         generous_s = max(self.unseen_s, self.deadline_s or 0.0)
-        if section is Section.START or warming_up:
+        if section is Section.START or (warming_up and longest_s is None):
             return generous_s
         if self.deadline_s is not None:
-            return self.deadline_s
-        if section not in LEARNED:
-            return generous_s
-        return self.learned_s(longest_s)
+            return max(self.deadline_s, self.learned_s(longest_s)) if warming_up else self.deadline_s
+        return self.learned_s(longest_s) if section in LEARNED else generous_s
 
     def named_s(self, longest_s: float | None, own_s: float | None) -> float:
         """The limit of a section that the user named; `own_s` is the one given with it, 0 for none."""

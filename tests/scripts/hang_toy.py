@@ -1,7 +1,7 @@
 """Trains a toy under Arc, with one hang of a given kind on one rank at one step; every rank writes what it ended with.
 
 Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "kind", "rank", "step", "settings" (of
-Arc), "slow" ({rank: [part, seconds]}: what a straggler does in each step).
+Arc), "always" (not only the first time), "slow" ({rank: [part, seconds]}: what a straggler does in each step).
 """
 
 import ctypes
@@ -29,9 +29,10 @@ class Hang:
         self.at = config["step"]
         self.out = Path(config["out"])
         self.marker = self.out / f"hung-{rank}"
+        self.always = config.get("always", False)
 
     def strikes(self, step, *kinds):
-        if self.kind not in kinds or step != self.step or self.marker.exists():
+        if self.kind not in kinds or step != self.step or (self.marker.exists() and not self.always):
             return False
         self.marker.write_text(str(os.getpid()))
         return True
