@@ -112,6 +112,15 @@ def test_a_long_evaluation_is_no_hang(tmp_path, model):
     assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), output
 
 
+def test_a_rank_that_was_suspended_with_its_supervisor_is_no_hang(tmp_path):
+    toy = Toy(kind="ddp", steps=24)
+    results, lines, output = job(tmp_path, toy, 2, kind="suspend", rank=1, step=15)
+    assert (tmp_path / "hung-1").exists(), output
+    assert of_kind(lines, "hang") == [], output
+    assert [result["generation"] for result in results] == [0, 0]
+    assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), output
+
+
 def test_a_script_that_knows_nothing_of_us_is_watched_when_asked_for(tmp_path):
     env = {"ARC_RUN_DIR": str(tmp_path / "run"), "ARC_HANG_DEADLINE_S": "8"}
     script = str(Path(SCRIPT).with_name("unguarded_hang.py"))

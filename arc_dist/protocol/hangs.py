@@ -21,7 +21,7 @@ starts an inquiry: every rank is looked at (`Sighting`), and `judge` asks who th
 **Patience.** What hangs again at the same step may be an outage that has to be waited for, so each further attempt at
 that step has a longer limit; the budgets (`protocol.budgets`) end a job that gets no further all the same.
 
-A process under a debugger is never judged. `judge` never names a rank that is within its limits and not stopped.
+A process under a debugger is never judged.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ _STACKS_WITHIN_S = 3.0
 _BUSY_SAMPLES = 10
 _BUSY_SAMPLE_S = 0.02
 _RETRY_S = 1.0
+_OVERSLEPT_S = 1.0
 
 
 class Watched(Protocol):
@@ -73,6 +74,7 @@ class Watcher:
         self._tick_s, self._report_s = _TICK_S[1], _REPORT_S[1]
         self._reported_at = 0.0
         self._stopped_at: float | None = None
+        self._excused = (-1, 0.0)  # (writes of the page, seconds that do not count since)
         self._answered = 0
         self._is_asked = False
         threading.Thread(target=self._run, name="arc-watch", daemon=True).start()
@@ -83,8 +85,14 @@ class Watcher:
 
     def _run(self) -> None:
         pause_s = self._tick_s
-        while not self._closing.wait(pause_s):
+        while True:
+            slept_at = time.monotonic()
+            if self._closing.wait(pause_s):
+                return
+            overslept_s = time.monotonic() - slept_at - pause_s
             try:
+                if overslept_s > _OVERSLEPT_S:
+                    self._excuse(overslept_s)
                 pause_s = self._look()
             except ArcError as error:
                 logger.debug("the watch could not report: %s", error)
@@ -93,6 +101,13 @@ class Watcher:
                 # Watching is protection, not training: without it hangs end with the process group's time-out.
                 logger.exception("rank %d is not watched for hangs any more", self._rank)
                 return
+
+    def _excuse(self, seconds: float) -> None:
+        """This thread was kept from running (Ctrl-Z, a frozen container), and so probably was the trainer."""
+        writes = self._page.read().writes
+        if self._excused[0] != writes:
+            self._excused = (writes, 0.0)
+        self._excused = (writes, self._excused[1] + seconds)
 
     def _look(self) -> float:
         """One look; returns how long to wait before the next."""
@@ -113,6 +128,8 @@ class Watcher:
         progress, now = self._read(pid), time.monotonic()
         state, _ = conduct.look(pid)
         elapsed_s, limit_s = now - progress.since_ns / 1e9, progress.limit_ns / 1e9
+        if self._excused[0] == progress.writes:
+            elapsed_s = max(0.0, elapsed_s - self._excused[1])
         if state is not Conduct.STOPPED:
             self._stopped_at = None
         else:

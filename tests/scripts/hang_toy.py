@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,13 @@ class Hang:
     def in_loss(self, step):
         if self.strikes(step, "stop"):
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.strikes(step, "suspend"):
+            # With its supervisor, as Ctrl-Z or a frozen container would; then both go on.
+            pause = f"kill -STOP -{os.getpgrp()}; sleep 9; kill -CONT -{os.getpgrp()}"
+            subprocess.Popen(["sh", "-c", pause], start_new_session=True)
+            began = time.monotonic()
+            while time.monotonic() - began < 8.0:
+                time.sleep(0.1)
         elif self.strikes(step, "spin"):
             while True:
                 pass
