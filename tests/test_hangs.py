@@ -114,7 +114,8 @@ def test_a_long_evaluation_is_no_hang(tmp_path, model):
 
 def test_a_rank_that_was_suspended_with_its_supervisor_is_no_hang(tmp_path):
     toy = Toy(kind="ddp", steps=24)
-    results, lines, output = job(tmp_path, toy, 2, kind="suspend", rank=1, step=15)
+    settings = {"hang_min_s": 15.0}
+    results, lines, output = job(tmp_path, toy, 2, kind="suspend", rank=1, step=15, settings=settings)
     assert (tmp_path / "hung-1").exists(), output
     assert of_kind(lines, "hang") == [], output
     assert [result["generation"] for result in results] == [0, 0]

@@ -43,11 +43,11 @@ class Hang:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self.strikes(step, "suspend"):
             # With its supervisor, as Ctrl-Z or a frozen container would; then both go on.
-            pause = f"kill -STOP -{os.getpgrp()}; sleep 9; kill -CONT -{os.getpgrp()}"
+            over = self.out / "suspension-over"
+            pause = f"kill -STOP -{os.getpgrp()}; sleep 20; touch {over}; kill -CONT -{os.getpgrp()}"
             subprocess.Popen(["sh", "-c", pause], start_new_session=True)
-            began = time.monotonic()
-            while time.monotonic() - began < 8.0:
-                time.sleep(0.1)
+            while not over.exists():
+                time.sleep(0.05)
         elif self.strikes(step, "spin"):
             while True:
                 pass
