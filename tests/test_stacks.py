@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,5 +163,34 @@ def test_who_waits_in_a_collective(found, busy, collective):
 
 
 def test_who_compiles():
-    assert frames("/v/torch/_inductor/codecache.py", "train.py").in_compiler
+    assert frames("subprocess.py", "/v/torch/_inductor/compile_fx.py", "train.py").in_compiler
+    assert frames("/v/torch/fx/node.py", "/v/torch/_dynamo/convert_frame.py", "train.py").in_compiler
     assert not frames("train.py").in_compiler
+    # Under every hook of FSDP, and under compiled code that runs.
+    assert not frames("train.py", "/v/torch/_dynamo/eval_frame.py").in_compiler
+    assert not frames("train.py", "/v/torch/_inductor/output_code.py").in_compiler
+
+
+def test_a_real_compilation_is_recognised_while_it_runs_and_not_after():
+    """With the frames of the installed torch, which a later one may name otherwise."""
+    import torch
+
+    seen: list[tuple[str, stacks.Stacks]] = []
+
+    def note(what: str) -> None:
+        found = reversed(traceback.extract_stack())
+        seen.append((what, stacks.Stacks(frames=tuple((one.filename, one.lineno or 0, one.name) for one in found))))
+
+    def backend(module, inputs):
+        note("compiles")
+
+        def run(*args):
+            note("runs")
+            return module.forward(*args)
+
+        return run
+
+    torch.compile(lambda x: x * 2 + 1, backend=backend)(torch.ones(3))
+    assert [what for what, _ in seen] == ["compiles", "runs"]
+    assert seen[0][1].in_compiler
+    assert not seen[1][1].in_compiler

@@ -36,8 +36,15 @@ _PY_SPY_LIMIT_S = 10.0
 _COLLECTIVE = ("/torch/distributed/", "/arc_dist/healing/vote.py")
 _SEEN_THROUGH = ("/torch/_ops.py", "/torch/_compile.py", "/torch/_tensor.py")  # on the way to an operation in C++
 _BACKWARD = "/torch/autograd/graph.py"
-_COMPILER = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/fx/", "/triton/")
-_LOOKED_AT = 12
+# On the stack while something is compiled, and not when it runs: torch/_dynamo/eval_frame.py, for one, is under every
+# hook of FSDP.
+_COMPILER = (
+    "/torch/_dynamo/convert_frame.py",
+    "/torch/_inductor/compile_fx.py",
+    "/torch/_inductor/async_compile.py",
+    "/torch/utils/cpp_extension.py",
+    "/triton/compiler/",
+)
 _IDLE = 0.5
 
 
@@ -77,7 +84,8 @@ class Stacks:
 
     @property
     def in_compiler(self) -> bool:
-        return any(part in file for file, _, _ in self.frames[:_LOOKED_AT] for part in _COMPILER)
+        """Whether the main thread compiles, or waits for compilers that it started."""
+        return any(part in file for file, _, _ in self.frames for part in _COMPILER)
 
 
 def install(directory: Path) -> None:
