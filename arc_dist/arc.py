@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,7 @@ class Arc:
         if unknown:
             raise ConfigError(f"Arc() has no setting {', '.join(unknown)}. Known settings: {', '.join(sorted(known))}.")
         env = Env.read()
+        settings.setdefault("hang_deadline_s", env.hang_deadline_s)
         if not _by_name(optimizer):
             raise ConfigError("Arc() was given no optimizer. Give the one that trains the model's parameters.")
         self._state = TrainingState(
@@ -197,6 +199,27 @@ class Arc:
         if not self._engine.started:
             raise ConfigError("observe() was called before training began. Call it inside the loop.")
         self._engine.guard.observed.add(name, value, self._engine.guard.step)
+
+    @contextlib.contextmanager
+    def section(self, name: str, *, deadline_s: float | None = None) -> Iterator[None]:
+        """Names what this rank is doing, such as an evaluation or a download: ``with arc.section("evaluate"): ...``
+
+        What takes long in the loop's body or inside `loss_fn` gets a limit of its own that way, learned by its name,
+        and is named when a rank hangs in it (docs/hangs.md). Local: no rank waits for another. Works in every form of
+        use, also before training began; only in the thread that trains.
+
+        Args:
+            name: at most 48 bytes; at most 48 different ones.
+            deadline_s: how long it may take, in seconds; None learns it, 0 is for ever.
+
+        Raises:
+            ConfigError: the name or the deadline cannot be used.
+        """
+        env, sections = self._engine.env, self._engine.sections
+        if not sections.is_attached:
+            sections.attach(env.shm_dir, env.generation)
+        with sections.named(name, deadline_s):
+            yield
 
     def best(self, name: str, *, largest: bool = False) -> tuple[float, int] | None:
         """The smallest (or largest) value of `name` so far and the step it belongs to, also from before a restart."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import getpass
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ class Env:
     store: str | None = None  # ARC_STORE, for users: the default of Arc(store=...)
     log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
     max_restarts: int = 100  # ARC_MAX_RESTARTS, for users: bound on restarts for infrastructure faults
+    hang_deadline_s: float | None = None  # ARC_HANG_DEADLINE_S, for users: the default of Arc(hang_deadline_s=...)
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -66,6 +68,7 @@ class Env:
             store=env.get("ARC_STORE") or None,
             log_level=env.get("ARC_LOG_LEVEL", "info").lower(),
             max_restarts=_integer(env, "ARC_MAX_RESTARTS", 100),
+            hang_deadline_s=_seconds(env, "ARC_HANG_DEADLINE_S"),
             rank=_integer(env, "RANK", 0),
             world_size=_integer(env, "WORLD_SIZE", 1),
             local_rank=_integer(env, "LOCAL_RANK", 0),
@@ -87,6 +90,19 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
         raise ConfigError(f"{name}={text!r} is not a whole number. Correct or unset it.", variable=name) from None
     if value < 0:
         raise ConfigError(f"{name}={text!r} must not be negative. Correct or unset it.", variable=name)
+    return value
+
+
+def _seconds(env: Mapping[str, str], name: str) -> float | None:
+    text = env.get(name)
+    if text is None or text == "":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{name}={text!r} is not a number of seconds. Correct or unset it.", variable=name)
     return value
 
 

@@ -31,6 +31,8 @@ from arc_dist.healing.vote import Voter, agree, require_equal_settings
 from arc_dist.memory import open_ring
 from arc_dist.parallel import Parallelism, ddp_modules, gradients_reach_all, parallelism
 from arc_dist.protocol.flags import Flag
+from arc_dist.protocol.hangs import Section
+from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
 from arc_dist.snapshot.record import StepRecord
@@ -70,6 +72,7 @@ class Engine:
         self.state = state
         self.settings = settings
         self.env = env
+        self.sections = Sections(settings.hang_policy, settings.straggler_factor)
         self.updating = False
         self.resumed: Resumed | None = None
         self._tiers = tuple(tiers)
@@ -99,6 +102,8 @@ class Engine:
             owns_backward: the caller can let gradients carry votes.
         """
         settings, env = self.settings, self.env
+        self.sections.attach(env.shm_dir, env.generation)
+        self.sections.enter(Section.START)
         self.voter = Voter(timeout_s=settings.vote_timeout_s)
         self.rank, self.world_size = self.voter.rank, self.voter.world_size
         set_up_logging(level=env.log_level, rank=self.rank, world_size=self.world_size)
@@ -144,7 +149,9 @@ class Engine:
             on_certified=self._checkpointer.submit if self._checkpointer is not None else None,
             on_abandoned=self._abandon,
             is_writing=self._checkpointer.is_writing if self._checkpointer is not None else None,
+            sections=self.sections,
         )
+        self.sections.say_sharded(self.parallelism is not Parallelism.REPLICATED)
         self.started = True
 
     def _wake_drainer(self, step: int, tier: int) -> None:
@@ -376,6 +383,7 @@ class Engine:
         writer = self._checkpointer
         if writer is None:
             return False
+        self.sections.enter(Section.SAVE)
         writer.wait()
         if step not in writer.committed:
             slot = self.guard.protection.slot_of(step)
@@ -447,6 +455,7 @@ class Engine:
         if not self.started:
             return
         self.started = False
+        self.sections.enter(Section.DONE)
         if self._old_handler is not None:
             signal.signal(signal.SIGTERM, self._old_handler)
         if self._checkpointer is not None:

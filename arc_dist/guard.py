@@ -29,7 +29,9 @@ from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
 from arc_dist.observed import Observed
 from arc_dist.protection import Protection
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
+from arc_dist.protocol.hangs import Section
 from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
+from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
@@ -78,6 +80,7 @@ class Guard:
         on_certified: called with (step, slot) when a snapshot that shall become a checkpoint is trusted.
         on_abandoned: called with (first, last) of the steps up to the newest certified one that a rollback gave up.
         is_writing: whether this rank still writes a checkpoint.
+        sections: is told what this rank is doing.
         restore_rates: False leaves rates, schedulers and RNG alone in a rollback, for scripts that own them.
     """
 
@@ -96,6 +99,7 @@ class Guard:
         on_certified: Callable[[int, int], None] | None = None,
         on_abandoned: Callable[[int, int], None] | None = None,
         is_writing: Callable[[], bool] | None = None,
+        sections: Sections | None = None,
         restore_rates: bool = True,
     ) -> None:
         self.state = state
@@ -108,6 +112,7 @@ class Guard:
         self.furthest = 0  # the highest step ever applied; lower ones are repetitions after a rollback
         self.history = History()
         self.rate = RateScale()
+        self.sections = sections if sections is not None else Sections(settings.hang_policy, 0.0)
         self.agreed = 0  # requests that all ranks know of
         self._asked = 0  # requests of this rank; they stay up, so a signal in mid-step is not lost
         self.last_decision: Decision | None = None
@@ -334,6 +339,7 @@ class Guard:
         """
         for optimizer in self.state.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        self.sections.enter(Section.HEAL)
         began = time.perf_counter()
         failed_step = self.step if decision.rung is Rung.APPLY else self.step + 1
         if self.data is not None and decision.drop_batch:
@@ -453,6 +459,7 @@ class Guard:
             "cadence": self.protection.cadence.state_dict(),
             "vote_cadence": self.vote_cadence.state_dict(),
             "observed": self.observed.state_dict(),
+            "sections": self.sections.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_history: bool) -> None:
@@ -470,6 +477,8 @@ class Guard:
         self._loss_sum, self._loss_count = state["loss_sum"]
         self._mean_pending = False
         self.observed.load_state_dict(state["observed"])
+        if "sections" in state:  # not in checkpoints of earlier versions
+            self.sections.load_state_dict(state["sections"])
         self.vote_cadence.load_state_dict(state["vote_cadence"])
         self.protection.cadence.load_state_dict(state["cadence"], step=self.step)
         self._carried = 0

@@ -23,7 +23,9 @@ from arc_dist.coordinator.client import CoordinatorClient
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter
 from arc_dist.parallel import Parallelism, clip_or_measure, parallelism
+from arc_dist.protocol.hangs import HangPolicy, Section
 from arc_dist.protocol.healing import Decision, Rung
+from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
 from arc_dist.snapshot.ring import SnapshotRing
@@ -94,7 +96,9 @@ class OptimizerJudge:
         """Before the first step: the first snapshot."""
         if not self._began:
             self._began = True
+            self._guard.sections.begin_step(self._guard.step + 1, Section.CHECKPOINT)
             self._guard.boundary()
+            self._guard.sections.enter(Section.SCRIPT)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The pre-step hook."""
@@ -105,6 +109,7 @@ class OptimizerJudge:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         num_gradients = sum(parameter.grad is not None for parameter in parameters)
         self._voided = num_gradients == 0
+        guard.sections.enter(Section.VOTE)
         heard = self._listener.take(num_gradients)
         norm = heard if heard is not None else clip_or_measure(parameters, None, sharded=False)
         decision = guard.conclude_gradient(norm.item(), index)
@@ -114,7 +119,9 @@ class OptimizerJudge:
                 parameter.grad = None
             self._voided = True
             self._stepped.clear()
+            guard.sections.enter(Section.SCRIPT)
             return
+        guard.sections.enter(Section.UPDATE)
         guard.rate.undo()  # in case the last step raised between its hooks
         guard.rate.apply([optimizer])
 
@@ -123,6 +130,7 @@ class OptimizerJudge:
         self._guard.rate.undo()
         if self._voided:
             return
+        self._guard.sections.enter(Section.SCRIPT)
         self._stepped.add(next(i for i, own in enumerate(self._optimizers) if own is optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._commit()
@@ -133,7 +141,9 @@ class OptimizerJudge:
         now = time.perf_counter()
         if self._last_commit:
             self._guard.observe(now - self._last_commit)
+        self._guard.sections.begin_step(self._guard.step + 1, Section.CHECKPOINT)
         self._guard.boundary()
+        self._guard.sections.enter(Section.SCRIPT)
         self._last_commit = time.perf_counter()
         if self._on_commit is not None:
             self._on_commit()
@@ -157,10 +167,12 @@ class StepHooks:
     def judge_loss(self, loss: float) -> Decision | None:
         """Votes on a loss before its backward; acts when something is wrong. Every rank must call this; it blocks."""
         self._judge.begin()
+        self._guard.sections.enter(Section.VOTE)
         self._guard.begin_vote((loss,), ())
         decision = self._guard.conclude(None)
         if decision is not None:
             self._guard.act(decision)
+        self._guard.sections.enter(Section.SCRIPT)
         return decision
 
     def remove(self) -> None:
@@ -226,11 +238,19 @@ class ScriptGuard:
             norm_is_global=False,
             generation=env.generation,
             record=self._recorder.record if self._recorder is not None else None,
+            sections=self._sections(),
             restore_rates=False,
         )
         guard.watch.begin(guard.step)
         logger.info("guarding %s (%s, %d ranks)", type(optimizer).__name__, kind.value, voter.world_size)
         return OptimizerJudge(guard, self._listener, lambda: self._progressed(guard))
+
+    def _sections(self) -> Sections:
+        """What is learned is the votes alone: what such a script does between two steps may rightly take long."""
+        env = self._env
+        sections = Sections(HangPolicy(deadline_s=env.hang_deadline_s, unseen_s=0.0), 0.0)
+        sections.attach(env.shm_dir, env.generation)
+        return sections
 
     def _progressed(self, guard: Guard) -> None:
         self._seen.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,16 @@ from arc_dist.engine import Engine
 from arc_dist.errors import ConfigError, Preempted
 from arc_dist.parallel import Clipper, GradientSync, Parallelism
 from arc_dist.protocol.flags import Flag
+from arc_dist.protocol.hangs import Section
 from arc_dist.protocol.healing import Decision, Rung, Verdict
 from arc_dist.telemetry.log import logger
 
 _PREEMPT = int(Flag.PREEMPT)
 _APPLY = Rung.APPLY.value
+# Plain integers: this is the step's hot path.
+_CHECKPOINT, _EPOCH, _DATA = int(Section.CHECKPOINT), int(Section.EPOCH), int(Section.DATA)
+_FORWARD, _BACKWARD, _VOTE = int(Section.FORWARD), int(Section.BACKWARD), int(Section.VOTE)
+_UPDATE, _SCRIPT = int(Section.UPDATE), int(Section.SCRIPT)
 
 LossFunction = Callable[[Any], torch.Tensor]
 
@@ -82,19 +88,25 @@ class GuardedLoop:
         self._trouble: Decision | None = None  # the worst decision since the last result
         self._epoch_losses: list[float] = []
         self._exhausted = False
+        self._sections = engine.sections
+        source.on_open = functools.partial(self._sections.enter, _EPOCH)
 
     def run(self) -> Iterator[StepResult]:
         """Yields a result per committed step. Every rank must iterate in step."""
-        guard, engine = self._guard, self._engine
+        guard, engine, sections = self._guard, self._engine, self._sections
         while True:
             if self._exhausted or (self._steps is not None and guard.step >= self._steps):
                 if self._finish():
                     return
                 continue
+            is_quiet = guard.step < guard.protection.quiet_until
+            sections.begin_step(guard.step + 1, _DATA if is_quiet else _CHECKPOINT)
             guard.boundary()
             if guard.agreed & _PREEMPT:
                 self._leave()
             engine.check_boundary()
+            if not is_quiet:
+                sections.enter(_DATA)
             began = time.perf_counter()
             batches = self._fetch()
             if not batches:
@@ -109,6 +121,7 @@ class GuardedLoop:
                 raise
             if result is not None:
                 engine.progressed()
+                sections.enter(_SCRIPT)
                 yield result
 
     def warm_up(self, batch: Any) -> None:
@@ -120,8 +133,10 @@ class GuardedLoop:
     # ------------------------------------------------------------------ one step
 
     def _step(self, batches: Sequence[Batch], began: float, fetched: float) -> StepResult | None:
-        guard = self._guard
+        guard, sections = self._guard, self._sections
+        sections.enter_computing(_FORWARD)
         losses = self._forward_backward(batches)
+        sections.enter_computing(_VOTE)
         computed = time.perf_counter()
         norm = self._clip() if self._state.scaler is None else self._unscaled_norm(self._state.scaler)
         decision = guard.conclude(norm)
@@ -131,6 +146,7 @@ class GuardedLoop:
             return None
         if norm is None:
             return None
+        sections.enter(_UPDATE)
         self._engine.updating = True
         self._update(losses, batches[-1])
         guard.committed()
@@ -181,7 +197,9 @@ class GuardedLoop:
                 loss = self._loss_fn(batch.data)
                 check_loss(loss)
                 losses += (loss.item(),)
+                self._sections.enter_computing(_BACKWARD)
                 self._scaled(loss / len(batches)).backward()
+                self._sections.enter_computing(_FORWARD)
         with self._sync.micro_batch(last=True):
             loss = self._loss_fn(batches[-1].data)
             check_loss(loss)
@@ -191,6 +209,7 @@ class GuardedLoop:
 
     def _last_backward(self, loss: torch.Tensor, losses: tuple[float, ...], ordinals: tuple[int, ...]) -> None:
         self._engine.remember_step()
+        self._sections.enter_computing(_BACKWARD)
         if self._guard.begin_vote(losses, ordinals):
             with self._sync.voided():
                 loss.backward()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from arc_dist.errors import ConfigError
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
+from arc_dist.protocol.hangs import HangPolicy
 from arc_dist.protocol.healing import HealingPolicy
 from arc_dist.snapshot.form import Form
 
@@ -38,6 +40,12 @@ class Settings:
         loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
         reduce_loss_every: updates between two judgements of the loss averaged over ranks.
         vote_timeout_s: how long a rank waits for the vote of the others, in seconds.
+        hang_factor, hang_min_s: a rank may be in a section of the step for this many times the longest stay so far, and
+            always for that many seconds; a factor of 0 learns nothing.
+        hang_deadline_s: this limit instead of a learned one, for every section; 0 watches nothing.
+        hang_unseen_s: the limit of what is not learned: the start, the first steps, the loop's body, a section of the
+            script's own that is entered first.
+        straggler_factor: own work of a rank that is reported as slow / the median of all ranks'; 0 compares nothing.
     """
 
     max_grad_norm: float | None = None
@@ -58,6 +66,11 @@ class Settings:
     grad_explosion_factor: float = 50.0
     reduce_loss_every: int = 8
     vote_timeout_s: float = 300.0
+    hang_factor: float = 10.0
+    hang_min_s: float = 60.0
+    hang_deadline_s: float | None = None
+    hang_unseen_s: float = 1800.0
+    straggler_factor: float = 1.5
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "certify_after", "reduce_loss_every"):
@@ -84,6 +97,13 @@ class Settings:
         )
         _require("save_timeout_s", self.save_timeout_s, self.save_timeout_s > 0, "above 0")
         _require("vote_timeout_s", self.vote_timeout_s, self.vote_timeout_s > 0, "above 0")
+        for name in ("hang_factor", "straggler_factor"):
+            value = getattr(self, name)
+            _require(name, value, value == 0 or 1 < value < math.inf, "above 1, or 0 for none")
+        for name in ("hang_min_s", "hang_unseen_s"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "above 0")
+        value = self.hang_deadline_s
+        _require("hang_deadline_s", value, value is None or 0 <= value < math.inf, "0 or more, or None")
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)
         _require("ignore", self.ignore, not unknown, f"flag names; unknown: {unknown}; known: {sorted(known)}")
@@ -95,6 +115,16 @@ class Settings:
                 self.certify_after <= longest,
                 f"at most snapshot_every x (snapshots - 1) = {longest}, or no snapshot would ever be trusted",
             )
+
+    @property
+    def hang_policy(self) -> HangPolicy:
+        """How long a rank may be in a section."""
+        return HangPolicy(
+            factor=self.hang_factor,
+            min_s=self.hang_min_s,
+            deadline_s=self.hang_deadline_s,
+            unseen_s=self.hang_unseen_s,
+        )
 
     @property
     def heeded(self) -> Flag:

@@ -131,3 +131,27 @@ def test_policies_are_validated():
         BudgetPolicy(max_restarts=-1)
     with pytest.raises(ValueError, match="max_fruitless"):
         BudgetPolicy(max_fruitless=0)
+
+
+HANG = Cause(kind=CauseKind.HANG, signal=9, message="data wait of step 12 for 61.0 s, waiting")
+
+
+def test_a_hang_is_the_infrastructures_affair_and_the_root():
+    assert root_of([death(ECHO, 0), death(HANG, 1)]).rank == 1
+    ledger, judgement = judge(POLICY, Ledger(), ended(death(HANG, 1), reached=10, first=True))
+    assert judgement.stop_code is None
+    assert ledger.restarts == 1
+    assert "data wait of step 12" in judgement.reason
+
+
+def test_the_same_hang_again_and_again_is_no_progress():
+    ledger, judgement = judge(POLICY, Ledger(), ended(death(HANG, step=7), reached=7))
+    for _ in range(POLICY.max_fruitless):
+        assert judgement.stop_code is None
+        ledger, judgement = judge(POLICY, ledger, ended(death(HANG, step=7), reached=7))
+    assert judgement.stop_code == ExitCode.NO_PROGRESS
+
+
+def test_where_it_hung_survives_the_journal():
+    assert Cause.from_dict(HANG.as_dict()) == HANG
+    assert Cause.from_dict(BUG.as_dict()) == BUG

@@ -183,6 +183,10 @@ class _Methods:
         """The rank's host was told to go."""
         return self.call("preempt", {"rank": rank})
 
+    def watched(self, rank: int, generation: int, report: Mapping[str, Any]) -> _Json:
+        """Where a rank is, and what it has spent; see `coordinator.hangs` for the answer."""
+        return self.call("watched", {"rank": rank, "generation": generation, "report": dict(report)})
+
     def status(self) -> _Json:
         return self.call("status")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from arc_dist.coordinator.hangs import HangDesk
 from arc_dist.coordinator.journal import Journal
 from arc_dist.coordinator.records import append_incident, describe, identity_of, read_cause, read_holding
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
@@ -50,7 +51,7 @@ logger = logging.getLogger("arc_dist.coordinator")
 
 JOURNAL_NAME = "journal.log"
 _METHODS = (
-    *("join", "ready", "died", "finished", "directive", "preempt"),  # supervisors
+    *("join", "ready", "died", "finished", "directive", "preempt", "watched"),  # supervisors
     *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
     "status",
 )
@@ -112,6 +113,7 @@ class Coordinator:
             changed=self._changed,
             clock=clock,
         )
+        self._hangs = HangDesk(world_size, run_dir, clock)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
         }
@@ -148,6 +150,8 @@ class Coordinator:
             with self._changed:
                 self._check_sender(fields)
                 answer = self._methods[method](fields)
+        if method == "watched":
+            self._hangs.publish()  # not under the lock: it writes files
         return {**answer, "epoch": self.epoch}
 
     def close(self) -> None:
@@ -215,6 +219,9 @@ class Coordinator:
     def _preempt(self, fields: Fields) -> dict[str, Any]:
         self._apply(Preempted(rank=self._rank(fields)))
         return self._where()
+
+    def _watched(self, fields: Fields) -> dict[str, Any]:
+        return self._hangs.take(self._rank(fields), fields, self._job)
 
     def _directive(self, fields: Fields) -> dict[str, Any]:
         """Long poll. `after` is the kind of order that the asker already follows; another one is an answer."""

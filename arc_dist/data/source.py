@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from arc_dist.data.digest import batch_digest
@@ -93,6 +93,7 @@ class BatchSource:
         self._counted = 0  # batches before the cursor that were given and not skipped
         self._step_began = 0
         self.sample: Any = None
+        self.on_open: Callable[[], object] | None = None  # called before an iterator is made, which may take long
         self._recognisable = True
         self._here: Position | None = None  # a position that was gone to, when the batch before it is not held
 
@@ -197,6 +198,8 @@ class BatchSource:
         """Makes the loader's iterator: at an epoch's beginning, or where it failed."""
         if self._epochs is not None and self._epoch_number >= self._epochs:
             raise StopIteration
+        if self.on_open is not None:
+            self.on_open()
         if self._index > 0:
             rng = capture_rng()
             self._go_to(self._position(self._live))

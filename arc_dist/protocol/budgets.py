@@ -63,6 +63,7 @@ class CauseKind(enum.Enum):
     EXCEPTION = "exception"
     EXIT = "exit"
     OOM = "oom"
+    HANG = "hang"  # ended because it did not go on
     LOST = "lost"  # gone without a report
     REPLACED = "replaced"  # its supervisor was replaced, and with it all its processes
 
@@ -73,10 +74,10 @@ class Cause:
 
     Attributes:
         kind: how it went.
-        signal: number of the signal, for `SIGNAL` and `OOM`.
+        signal: number of the signal, for `SIGNAL`, `OOM` and `HANG`.
         exit_code: the process's exit code, where it had one.
         exception_type: class name of an uncaught exception, with or without its module.
-        message: the exception's message.
+        message: the exception's message; for `HANG`, where it hung.
         traceback: the exception's traceback, for reports only.
     """
 
@@ -101,7 +102,7 @@ class Cause:
             signal=_integer_or_none(fields.get("signal")),
             exit_code=_integer_or_none(fields.get("exit_code")),
             exception_type=str(details.get("type") or "")[:_MAX_TEXT],
-            message=str(details.get("message") or "")[:_MAX_TEXT],
+            message=str(details.get("message") or fields.get("evidence") or "")[:_MAX_TEXT],
             traceback=str(details.get("traceback") or "")[-_MAX_TEXT:],
         )
 
@@ -109,7 +110,8 @@ class Cause:
         exception = None
         if self.exception_type:
             exception = {"type": self.exception_type, "message": self.message, "traceback": self.traceback}
-        return {"kind": self.kind.value, "signal": self.signal, "exit_code": self.exit_code, "exception": exception}
+        fields = {"kind": self.kind.value, "signal": self.signal, "exit_code": self.exit_code, "exception": exception}
+        return fields if exception else {**fields, "evidence": self.message}
 
     @property
     def is_echo(self) -> bool:
@@ -138,6 +140,8 @@ class Cause:
             return f"killed by signal {self.signal}"
         if self.kind is CauseKind.OOM:
             return "killed by the kernel for lack of memory"
+        if self.kind is CauseKind.HANG:
+            return f"hung ({self.message})"
         if self.kind is CauseKind.EXIT:
             return f"exited with code {self.exit_code}"
         if self.kind is CauseKind.LOST:

@@ -6,6 +6,8 @@ A directory (`directory.py` makes and collects them) holds::
 
     slot-<k>.bin     one snapshot each: header page | tensor bytes | table (JSON) | small objects
     base-<n>.bin     bytes of tensors that several snapshots have in common (base.py)
+    progress         where in its step the training process is (progress.py)
+    stacks.txt       where its threads are, when its supervisor asks (supervisor/stacks.py)
     status           one page that the training process updates without a system call
     record-<k>.bin   the newest step boundary (record.py)
     exception.json   the uncaught exception that ended the training process

@@ -26,10 +26,10 @@ class Cause:
     """Why a trainer ended.
 
     Attributes:
-        kind: ``finished``, ``signal``, ``exception``, ``exit`` or ``oom``.
+        kind: ``finished``, ``signal``, ``exception``, ``exit``, ``oom`` or ``hang``.
         returncode: the exit code, or minus the signal.
         exception: what `exception.json` said, for kind ``exception``.
-        evidence: for ``oom``, what the judgement rests on.
+        evidence: for ``oom``, what the judgement rests on; for ``hang``, where it hung.
     """
 
     kind: str
@@ -62,6 +62,8 @@ class Cause:
     def __str__(self) -> str:
         if self.kind == "oom":
             return f"killed by the kernel's OOM killer ({self.evidence})"
+        if self.kind == "hang":
+            return f"hang: {self.evidence}"
         if self.exception is not None:
             message = str(self.exception.get("message", "")).strip().splitlines()
             return f"{self.exception.get('type')}: {message[0][:200] if message else ''}"

@@ -65,13 +65,21 @@ class Signalled:
 
 
 @dataclasses.dataclass(frozen=True)
+class Condemned:
+    """The trainer of `generation` hangs and has to be ended; `reason` says where it is."""
+
+    generation: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Failed:
     """A thread met an error that is no one's fault but ours or the configuration's; the main thread raises it."""
 
     error: BaseException
 
 
-Event = ZygoteSaid | ZygoteLost | Directed | CoordinatorLost | CoordinatorFound | Signalled | Failed
+Event = ZygoteSaid | ZygoteLost | Directed | CoordinatorLost | CoordinatorFound | Signalled | Condemned | Failed
 Events = queue.SimpleQueue  # of Event; its put may be called from a signal handler
 
 

@@ -45,13 +45,13 @@ def start_ticks(pid: int) -> int | None:
 
     Together with the pid it names a process for ever: pids are used again, the pair is not.
     """
-    fields = _stat_fields(pid)
+    fields = stat_fields(pid)
     if fields is None or fields[0] in ("Z", "X"):
         return None
     return int(fields[19])
 
 
-def _stat_fields(pid: int) -> list[str] | None:
+def stat_fields(pid: int) -> list[str] | None:
     """Fields of /proc/<pid>/stat from the third on (the second, the name, may hold spaces and parentheses)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

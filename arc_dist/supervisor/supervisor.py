@@ -29,6 +29,7 @@ from arc_dist.snapshot import layout
 from arc_dist.supervisor import cause as causes
 from arc_dist.supervisor import process, wire, zygote
 from arc_dist.supervisor.events import (
+    Condemned,
     CoordinatorFound,
     CoordinatorLost,
     Directed,
@@ -42,6 +43,7 @@ from arc_dist.supervisor.events import (
 )
 from arc_dist.supervisor.incidents import Incident
 from arc_dist.supervisor.trainers import Trainer, Trainers
+from arc_dist.supervisor.watcher import Watcher
 from arc_dist.telemetry.log import logger
 
 _PARTING_POLL_S = 0.002
@@ -81,6 +83,7 @@ class Client(Protocol):
     def incident(self, **line: Any) -> dict[str, Any]: ...
     def progress(self, *, rank: int, generation: int, step: int) -> dict[str, Any]: ...
     def preempt(self, *, rank: int) -> dict[str, Any]: ...
+    def watched(self, *, rank: int, generation: int, report: dict[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Supervisor:
         self._poller = DirectivePoller(self._ask, events)
         self._incident: Incident | None = None
         self._furthest = 0
+        self._watcher = Watcher(setup.rank, setup.shm_dir, lambda: self._trainers.current, client, events)
 
     def run(self, generation: int) -> Ending:
         """Runs generations from `generation` on until the job is done, stopped or told to go.
@@ -168,6 +172,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Ends a trainer that still lives, because an error ends this supervisor."""
+        self._watcher.close()
         if not self._trainers.gone:
             self._trainers.kill()
             self._wait(lambda: self._trainers.clean, timeout_s=_FAREWELL_LIMIT_S)
@@ -461,6 +466,8 @@ class Supervisor:
                 self._coordinator_lost_at = None
             case Signalled(number=number):
                 self._take_signal(number)
+            case Condemned(generation=generation, reason=reason):
+                self._trainers.end_hang(generation, reason)
             case Failed(error=error):
                 raise error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from arc_dist.errors import InfrastructureError
 from arc_dist.snapshot import layout
+from arc_dist.snapshot.progress import ProgressPage
 from arc_dist.supervisor import cause as causes
 from arc_dist.supervisor import process, wire, zygote
 from arc_dist.supervisor.events import Event, Events, read_zygote
@@ -35,6 +36,7 @@ class Trainer:
     returncode: int | None = None
     clean: bool = False  # nothing that it had started lives any more
     killed_by_us: bool = False
+    hang: str = ""  # where it hung, when that is why it was killed
 
 
 class Trainers:
@@ -55,6 +57,7 @@ class Trainers:
         self._zygote = zygote_process
         self._events = events
         self._page = layout.StatusPage.create(shm_dir)
+        self._progress = ProgressPage.create(shm_dir)
         read_zygote(zygote_process.sock, zygote_process.pid, events)
 
     @property
@@ -74,6 +77,7 @@ class Trainers:
             # What an earlier generation wrote there (@record) would be shown as the reason of a later, other end.
             Path(error_file).unlink(missing_ok=True)
         self._page.write(phase=layout.Phase.NONE, generation=generation, step=0)
+        self._progress.clear()
         self.current = Trainer(generation=generation, plan=plan, oom_before=process.oom_kills())
         self._command({"command": "fork", "set": dict(environ), "unset": []})
         return self.current
@@ -83,6 +87,13 @@ class Trainers:
         if self.current is not None:
             self.current.killed_by_us = True
         self._command({"command": "kill"})
+
+    def end_hang(self, generation: int, reason: str) -> None:
+        """SIGKILLs the trainer of `generation`, because it hangs; a stopped one dies of that, too."""
+        trainer = self.current
+        if trainer is not None and trainer.generation == generation and trainer.returncode is None:
+            trainer.hang = reason
+            self._command({"command": "kill"})
 
     def forward(self, number: int) -> None:
         """Hands a signal on to the trainer, unless it got it already (see zygote.py)."""
@@ -105,6 +116,8 @@ class Trainers:
     def cause_of(self, trainer: Trainer) -> causes.Cause:
         """Why a trainer that is gone ended."""
         assert trainer.returncode is not None
+        if trainer.hang and trainer.returncode == -signal.SIGKILL:
+            return causes.Cause(kind="hang", returncode=trainer.returncode, evidence=trainer.hang)
         return causes.classify(
             trainer.returncode,
             exception=layout.read_exception(self._shm_dir),

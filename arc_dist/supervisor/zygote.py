@@ -32,11 +32,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from arc_dist.errors import InfrastructureError
-from arc_dist.supervisor import process, wire
+from arc_dist.supervisor import process, stacks, wire
 
 # What a supervisor hands on to its trainer; everything here is blocked in the zygote, which must outlive it.
 FORWARDED_SIGNALS = (
@@ -212,6 +213,7 @@ class _Zygote:
             os.environ.pop(name, None)
         os.environ.update(to_set)
         _fresh_random_state()
+        stacks.install(Path(to_set["ARC_SHM_DIR"]))
         signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
         return Trainer(environ=to_set)
 
