@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import getpass
 import json
+import math
 import os
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +34,9 @@ class Env:
     store: str | None = None  # ARC_STORE, for users: the default of Arc(store=...)
     log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
     max_restarts: int = 100  # ARC_MAX_RESTARTS, for users: bound on restarts for infrastructure faults
+    grace_s: float = 30.0  # ARC_GRACE_S, for users: from a preemption notice to the end of all processes
+    preempt_signals: tuple[int, ...] = (int(signal.SIGTERM),)  # ARC_PREEMPT_SIGNALS, for users: which are notices
+    preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -66,6 +71,9 @@ class Env:
             store=env.get("ARC_STORE") or None,
             log_level=env.get("ARC_LOG_LEVEL", "info").lower(),
             max_restarts=_integer(env, "ARC_MAX_RESTARTS", 100),
+            grace_s=_seconds(env, "ARC_GRACE_S", 30.0),
+            preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
+            preempt_file=_path(env, "ARC_PREEMPT_FILE"),
             rank=_integer(env, "RANK", 0),
             world_size=_integer(env, "WORLD_SIZE", 1),
             local_rank=_integer(env, "LOCAL_RANK", 0),
@@ -88,6 +96,40 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
     if value < 0:
         raise ConfigError(f"{name}={text!r} must not be negative. Correct or unset it.", variable=name)
     return value
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name}={text!r} is not a number of seconds above 0. Correct or unset it.", variable=name)
+    return value
+
+
+_NOTICE_SIGNALS = (
+    "SIGTERM",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGHUP",
+)  # handed on by supervisors, and not sent by people
+
+
+def _signals(env: Mapping[str, str], name: str, default: str) -> tuple[int, ...]:
+    words = [word.strip().upper() for word in (env.get(name) or default).split(",")]
+    full = [word if word.startswith("SIG") else f"SIG{word}" for word in words]
+    unknown = [word for word, known in zip(words, full, strict=True) if known not in _NOTICE_SIGNALS]
+    if unknown:
+        raise ConfigError(
+            f"{name}={env.get(name)!r}: {', '.join(unknown)} cannot be a preemption notice. "
+            f"Name one or more of {', '.join(_NOTICE_SIGNALS)}, separated by commas.",
+            variable=name,
+        )
+    return tuple(dict.fromkeys(int(signal.Signals[known]) for known in full))
 
 
 def _path(env: Mapping[str, str], name: str) -> Path | None:
