@@ -91,7 +91,7 @@ class Departure:
         limit_s = training_s(self._grace_s, facts.needed_s if facts is not None else None)
         log = logger.debug if is_known else logger.warning
         log(
-            "the job is told to go: %s. The trainer has %.1f s of %.1f s to save its state",
+            "told to go: %s. The trainer has %.1f s of %.1f s to save its state",
             reason,
             limit_s,
             self._grace_s,

@@ -62,6 +62,9 @@ _RETRY_S = 0.05
 _RETRY_MAX_S = 1.0
 _LONG_RUN_S = 60.0
 
+# What a trainer that was told to go is in while it saves its state, or does something of its own, and ends.
+_ENDS_BY_ITSELF = (layout.Phase.NONE, layout.Phase.LEAVING, layout.Phase.DONE)
+
 # After these the trainer's end is the job's end, however it ended.
 _LEAVING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
@@ -301,7 +304,7 @@ class Supervisor:
     def _cut_short(self, trainer: Trainer) -> None:
         """Ends a trainer that did not leave in time, and with it the generation."""
         logger.warning(
-            "generation %d: the trainer did not get to its own save (step %s); it is ended, and what memory holds is saved",
+            "generation %d: the trainer (step %s) did not save in time; it is ended, and what memory holds is saved",
             trainer.generation,
             self._trainers.last_step(trainer),
         )
@@ -319,11 +322,12 @@ class Supervisor:
         """Whether memory holds a trusted state of this rank."""
         return any(held["certified"] or held["parting"] for held in self._trainers.inventory())
 
-    def _stays(self, returncode: int | None) -> bool:
-        """Whether this supervisor, though told to go, is still needed: what memory holds is not saved yet."""
+    def _stays(self, trainer: Trainer | None) -> bool:
+        """Whether this supervisor, though told to go, is still needed: what memory holds may have to be saved."""
         if not self._departure.has_begun or self._departure.is_at_once:
             return False
-        return self._is_flushing or (returncode not in (0, ExitCode.PREEMPTED) and self._has_state())
+        is_saved = trainer is not None and trainer.returncode in (0, ExitCode.PREEMPTED)
+        return self._is_flushing or (not is_saved and self._has_state())
 
     def _count_long_run(self, trainer: Trainer, step: int | None) -> None:
         """Lets a long run of a script that keeps its own checkpoints count as progress.
@@ -367,8 +371,8 @@ class Supervisor:
                 if waited_s >= _LAUNCHER_SIGNAL_S and self._leaving_by is None and not told:
                     self._trainers.forward(leaving)
                     told = True
-            if phase is layout.Phase.LEAVING or (self._leaving_by is not None and phase is layout.Phase.NONE):
-                limit_s = _PARTING_LIMIT_S  # it is leaving by itself, with its state
+            if phase in _ENDS_BY_ITSELF and (leaving or self._leaving_by is not None):
+                limit_s = _PARTING_LIMIT_S
             if self._is_flushing:
                 limit_s = 0.0
             if waited_s >= limit_s:
@@ -411,7 +415,7 @@ class Supervisor:
     def _ends_with(self, trainer: Trainer) -> bool:
         """Whether the end of this trainer is that of its supervisor, because it was told to go and nothing is left."""
         assert trainer.returncode is not None
-        return self._is_leaving(trainer.returncode) and not self._stays(trainer.returncode)
+        return self._is_leaving(trainer.returncode) and not self._stays(trainer)
 
     def _leave(self, trainer: Trainer, cause: causes.Cause) -> Ending:
         """Ends as the trainer ended, after telling the coordinator, which tells ranks that were not signalled."""
@@ -490,8 +494,7 @@ class Supervisor:
     def _leaving_without_trainer(self) -> bool:
         if self._leaving_by is None or not self._trainers.gone:
             return False
-        trainer = self._trainers.current
-        return not self._stays(trainer.returncode if trainer is not None else None)
+        return not self._stays(self._trainers.current)
 
     def _take_directive(self, generation: int) -> dict[str, Any]:
         directive, self._directive = self._directive, None
