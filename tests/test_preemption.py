@@ -79,7 +79,7 @@ def plain_body(rank: int, world_size: int, toy: Toy) -> str:
     return plain(toy)[0]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def undisturbed(toy: Toy) -> list[str]:
     return run_ranks(2, plain_body, toy)
 

@@ -3,8 +3,8 @@
 Argument: a JSON object: "toy", "out" (a directory), "store", "settings" (of Arc), and "notice", which may be null:
 {"rank", "step", "place", "target", "how", "times", "then"}.
 
-Places: "import" (before the Arc exists), "restore" (while the state is looked for), "loss" (in a step), "body" (between
-two steps), "save" (while a checkpoint is written). Targets: "trainer", "supervisor", "launcher". How: a signal's name or
+Places: "import" (before the Arc exists), "restore" (while the state is looked for), "loss" (in a step), "body" (after
+one), "save" (while a checkpoint is written). Targets: "trainer", "supervisor", "launcher". How: a signal's name or
 "file". Then: what the rank does afterwards: "go on", "hang" or "die".
 """
 
