@@ -7,8 +7,9 @@ on the same step; see `protocol.leaving` for what a notice is, and docs/preempti
 from __future__ import annotations
 
 import dataclasses
-import time
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from arc_dist.checkpoint_store.tiers import Tiers
@@ -16,11 +17,12 @@ from arc_dist.config import Env
 from arc_dist.errors import Preempted, PreemptedUnsaved, StoreError
 from arc_dist.memory import expected_bytes
 from arc_dist.preemption.facts import SavingFacts
-from arc_dist.preemption.file import NoticeFile
+from arc_dist.preemption.file import NoticeFile, seconds_since_1970
 from arc_dist.preemption.page import NoticePage
 from arc_dist.preemption.signals import NoticeSignals
 from arc_dist.protocol.leaving import OVERHEAD_S
 from arc_dist.snapshot.layout import Phase
+from arc_dist.supervisor import process
 from arc_dist.telemetry.log import logger
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ class Notices:
         if env.supervised and env.shm_dir is not None:
             self._page = NoticePage.open(env.shm_dir)
         elif env.preempt_file is not None:
-            self._file = NoticeFile(env.preempt_file, job_started_at=time.time(), on_notice=self._tell)
+            began_at = seconds_since_1970(process.start_ticks(os.getpid()))
+            self._file = NoticeFile(env.preempt_file, job_started_at=began_at, on_notice=self._tell)
             self._file.start()
         self._signals.install()
 
@@ -121,7 +124,7 @@ def prepare(engine: Engine) -> None:
         bytes_per_s=known.bytes_per_s if known is not None else _measure(store, nbytes),
     )
     if env.shm_dir is not None:
-        facts.write(env.shm_dir)
+        _leave_facts(facts, env.shm_dir)
     if env.generation == 0:
         _judge_grace(engine, facts)
 
@@ -131,7 +134,14 @@ def learned(engine: Engine, seconds: float) -> None:
     directory = engine.env.shm_dir
     facts = SavingFacts.read(directory) if directory is not None else None
     if directory is not None and facts is not None and engine.settings.max_bytes_per_s is None and seconds > 0:
-        dataclasses.replace(facts, bytes_per_s=facts.state_bytes / seconds).write(directory)
+        _leave_facts(dataclasses.replace(facts, bytes_per_s=facts.state_bytes / seconds), directory)
+
+
+def _leave_facts(facts: SavingFacts, directory: Path) -> None:
+    try:
+        facts.write(directory)
+    except OSError as error:  # the memory file system is full; snapshots went elsewhere
+        logger.warning("if this process cannot save at a preemption, nobody can: %s: %s", directory, error)
 
 
 def _measure(store: Tiers, nbytes: int) -> float | None:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def undisturbed(toy: Toy) -> list[str]:
     return run_ranks(2, plain_body, toy)
 
 
-def launch(directory: Path, toy: Toy, notice: Case | None, **env: str) -> JobResult:
+def launch(directory: Path, toy: Toy, notice: Case | None, *, has_store: bool = True, **env: str) -> JobResult:
     fields = None
     if notice is not None:
         names = ("rank", "step", "place", "target", "how", "times", "then")
@@ -92,7 +93,7 @@ def launch(directory: Path, toy: Toy, notice: Case | None, **env: str) -> JobRes
     config = {
         "toy": dataclasses.asdict(toy),
         "out": str(directory),
-        "store": str(directory / "store"),
+        "store": str(directory / "store") if has_store else None,
         "settings": {"checkpoint_every": 4, "snapshot_every": 3},
         "notice": fields,
     }
@@ -127,10 +128,11 @@ def check(directory: Path, case: Case) -> None:
         assert newest >= (case.step or 0), f"all ranks were to save the step at hand: {said}"
     if case.then == "hang":
         assert "did not save in time" in ended.stderr, said
-    (directory / "notice").unlink(missing_ok=True)
 
     again = launch(directory, toy, None)
     assert again.exit_code == 0, f"{said}\nthe next start: {again}"
+    if case.how == "file":  # it is still there, and no notice to the next start
+        assert "belongs to an earlier preemption" in again.stderr, again
     after = results(directory)
     assert [result["first"] for result in after] == [newest + 1] * 2, f"{said}\nthe next start: {again}"
     assert [result["digest"] for result in after] == undisturbed(toy), f"{said}\nthe next start: {again}"
@@ -141,6 +143,31 @@ def check(directory: Path, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_notice_is_heard_wherever_it_comes_and_the_next_start_goes_on_bitwise(tmp_path: Path, case: Case) -> None:
     check(tmp_path, case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("then", ["go on", "hang"])
+def test_without_a_store_the_job_says_that_nothing_outlives_it(tmp_path: Path, then: str) -> None:
+    case = Case(kind="fsdp", rank=1, step=6, place="loss", then=then)
+    ended = launch(tmp_path, Toy(kind="fsdp", steps=STEPS), case, has_store=False)
+    assert (tmp_path / "fired.json").exists(), ended
+    assert ended.exit_code == 76, ended
+    assert "no store is set: when this job is preempted, nothing outlives it" in ended.stderr, ended
+    assert ("so nothing outlives this job" if then == "go on" else "because the job has no store") in ended.stderr, (
+        ended
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_grace_period_that_is_too_short_is_said_with_figures_and_remedy(tmp_path: Path) -> None:
+    case = Case(kind="ddp", rank=0, step=6, place="loss")
+    ended = launch(tmp_path, Toy(kind="ddp", steps=STEPS), case, ARC_GRACE_S="1")
+    assert (tmp_path / "fired.json").exists(), ended
+    said = r"a last checkpoint takes about \d+ s \(rank \d: [\d.]+ MB at [\d.]+ MB/s .* of the 1 s .*ARC_GRACE_S"
+    assert len(re.findall(said, ended.stderr)) == 1, ended
+    assert ended.exit_code == 75, ended
 
 
 @pytest.mark.soak

@@ -36,13 +36,13 @@ _WORDS = {
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; ends the process."""
+    # Until torchrun takes signals over, nothing runs that could be lost.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(int(ExitCode.PREEMPTED)))
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs a job on this node and returns its exit code (errors.ExitCode, or the script's own)."""
-    # Until torchrun takes signals over, nothing runs that could be lost.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(int(ExitCode.PREEMPTED)))
     arguments = _parse(argv)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from arc_dist.errors import ExitCode
 from arc_dist.preemption.facts import SavingFacts
 from arc_dist.preemption.page import NoticePage
 from arc_dist.protocol.leaving import Notices, Response, note, training_s
+from arc_dist.snapshot import layout
 from arc_dist.supervisor import process
 from arc_dist.supervisor.events import Event, Events, GraceEnds, Unsignalled
+from arc_dist.supervisor.trainers import Trainer, Trainers
 from arc_dist.telemetry.log import logger
 
 _LAUNCHER_SIGNAL_S = 0.5
@@ -27,6 +30,8 @@ class Departure:
     """What a supervisor knows of having to go. Used from its main thread.
 
     Args:
+        trainers: of this rank.
+        is_guarded: the script's optimizer steps are counted, so that it is known whether there were any.
         shm_dir: this rank's directory, in which the trainer finds the word.
         grace_s: from the notice to the end of all processes.
         numbers: signals that are notices.
@@ -35,12 +40,15 @@ class Departure:
 
     Attributes:
         is_overdue: the trainer's own time is over.
+        is_flushing: the present generation writes what memory holds, and trains no more.
         is_at_once: somebody insisted on an end without saving.
     """
 
     def __init__(
         self,
         *,
+        trainers: Trainers,
+        is_guarded: bool,
         shm_dir: Path,
         grace_s: float,
         numbers: tuple[int, ...],
@@ -49,6 +57,9 @@ class Departure:
     ) -> None:
         self.is_overdue = False
         self.is_at_once = False
+        self.is_flushing = False
+        self._trainers = trainers
+        self._is_guarded = is_guarded
         self._shm_dir = shm_dir
         self._grace_s = grace_s
         self._numbers = numbers
@@ -62,6 +73,33 @@ class Departure:
     def has_begun(self) -> bool:
         """Whether there was a notice: to this supervisor, to its trainer, or to another rank."""
         return self._has_begun or self._page.is_raised
+
+    @property
+    def must_cut_short(self) -> bool:
+        """Whether the trainer has to be ended so that memory can be saved; not while it saves a newer state itself."""
+        return (
+            self.is_overdue
+            and not self.is_flushing
+            and self._trainers.phase() is not layout.Phase.LEAVING
+            and self._has_state()
+        )
+
+    def holds(self, trainer: Trainer | None) -> bool:
+        """Whether this supervisor, though told to go, is still needed: what memory holds may have to be saved."""
+        if not self.has_begun or self.is_at_once:
+            return False
+        is_saved = trainer is not None and trainer.returncode in (0, ExitCode.PREEMPTED)
+        return self.is_flushing or (not is_saved and self._has_state())
+
+    def costs_nothing(self, trainer: Trainer | None) -> bool:
+        """Whether no optimizer step was made in this job, so that nothing is lost by its end."""
+        if not self._is_guarded or self.is_at_once:
+            return False
+        return trainer is None or (trainer.generation == 0 and not self._trainers.last_step(trainer))
+
+    def _has_state(self) -> bool:
+        """Whether memory holds a trusted state of this rank."""
+        return any(held["certified"] or held["parting"] for held in self._trainers.inventory())
 
     def is_notice(self, number: int) -> bool:
         """Whether this signal is one."""

@@ -144,8 +144,9 @@ class Supervisor:
         self._incident: Incident | None = None
         self._furthest = 0
         self._following = "run"  # the order about the present generation that is being followed
-        self._is_flushing = False  # the present generation writes what memory holds, and trains no more
         self._departure = Departure(
+            trainers=self._trainers,
+            is_guarded=setup.is_guarded,
             shm_dir=setup.shm_dir,
             grace_s=setup.grace_s,
             numbers=setup.preempt_signals,
@@ -223,7 +224,7 @@ class Supervisor:
 
     def _run_generation(self, generation: int, directive: dict[str, Any]) -> Ending | None:
         """Forks the trainer and waits until it is over; None when the next directive says how to go on."""
-        self._is_flushing = bool((directive.get("plan") or {}).get("flush"))
+        self._departure.is_flushing = bool((directive.get("plan") or {}).get("flush"))
         trainer = self._fork(generation, directive)
         self._following = "run"
         self._poller.ask(generation, after="run")
@@ -231,7 +232,9 @@ class Supervisor:
             self._setup.store_for(generation + 1)
         self._setup.generation_began(generation)
         self._finish_incident(trainer)
-        self._wait(lambda: trainer.returncode is not None or self._directive is not None or self._is_overdue())
+        self._wait(
+            lambda: trainer.returncode is not None or self._directive is not None or self._departure.must_cut_short
+        )
         if trainer.returncode is None and self._directive is None:
             self._cut_short(trainer)
         if trainer.returncode is None or trainer.killed_by_us:
@@ -292,15 +295,6 @@ class Supervisor:
             logger.warning("%s", self._incident.first_line(trainer.pid))
         return None
 
-    def _is_overdue(self) -> bool:
-        """Whether the trainer has to be ended so that memory can be saved; not while it saves a newer state itself."""
-        return (
-            self._departure.is_overdue
-            and not self._is_flushing
-            and self._trainers.phase() is not layout.Phase.LEAVING
-            and self._has_state()
-        )
-
     def _cut_short(self, trainer: Trainer) -> None:
         """Ends a trainer that did not leave in time, and with it the generation."""
         logger.warning(
@@ -317,17 +311,6 @@ class Supervisor:
         if cause.returncode != ExitCode.PREEMPTED:
             logger.warning("generation %d: the trainer ended without a last checkpoint: %s", trainer.generation, cause)
         self._insist(lambda: self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer))))
-
-    def _has_state(self) -> bool:
-        """Whether memory holds a trusted state of this rank."""
-        return any(held["certified"] or held["parting"] for held in self._trainers.inventory())
-
-    def _stays(self, trainer: Trainer | None) -> bool:
-        """Whether this supervisor, though told to go, is still needed: what memory holds may have to be saved."""
-        if not self._departure.has_begun or self._departure.is_at_once:
-            return False
-        is_saved = trainer is not None and trainer.returncode in (0, ExitCode.PREEMPTED)
-        return self._is_flushing or (not is_saved and self._has_state())
 
     def _count_long_run(self, trainer: Trainer, step: int | None) -> None:
         """Lets a long run of a script that keeps its own checkpoints count as progress.
@@ -373,7 +356,7 @@ class Supervisor:
                     told = True
             if phase in _ENDS_BY_ITSELF and (leaving or self._leaving_by is not None):
                 limit_s = _PARTING_LIMIT_S
-            if self._is_flushing:
+            if self._departure.is_flushing:
                 limit_s = 0.0
             if waited_s >= limit_s:
                 self._trainers.kill()
@@ -415,7 +398,7 @@ class Supervisor:
     def _ends_with(self, trainer: Trainer) -> bool:
         """Whether the end of this trainer is that of its supervisor, because it was told to go and nothing is left."""
         assert trainer.returncode is not None
-        return self._is_leaving(trainer.returncode) and not self._stays(trainer)
+        return self._is_leaving(trainer.returncode) and not self._departure.holds(trainer)
 
     def _leave(self, trainer: Trainer, cause: causes.Cause) -> Ending:
         """Ends as the trainer ended, after telling the coordinator, which tells ranks that were not signalled."""
@@ -431,15 +414,9 @@ class Supervisor:
                 self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer)))
                 if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
-        if self._departure.is_notice(-trainer.returncode) and self._has_done_nothing(trainer):
+        if self._departure.is_notice(-trainer.returncode) and self._departure.costs_nothing(trainer):
             return Ending(int(ExitCode.PREEMPTED))
         return Ending(trainer.returncode)
-
-    def _has_done_nothing(self, trainer: Trainer | None) -> bool:
-        """Whether no optimizer step was made in this job, so that nothing is lost."""
-        if not self._setup.is_guarded or self._departure.is_at_once:
-            return False
-        return trainer is None or (trainer.generation == 0 and not self._trainers.last_step(trainer))
 
     def _conclude_preemption(self, generation: int) -> None:
         """Says that nothing runs here any more, so that the other ranks are told to stop without a time-out."""
@@ -487,14 +464,14 @@ class Supervisor:
         trainer = self._trainers.current
         if trainer is not None and trainer.returncode == 0:
             return {"kind": "done"}
-        is_free = self._departure.is_notice(self._leaving_by) and self._has_done_nothing(trainer)
+        is_free = self._departure.is_notice(self._leaving_by) and self._departure.costs_nothing(trainer)
         code = int(ExitCode.PREEMPTED) if is_free else -self._leaving_by
         return {"kind": "stop", "exit_code": code, "reason": "told to end while nothing ran"}
 
     def _leaving_without_trainer(self) -> bool:
         if self._leaving_by is None or not self._trainers.gone:
             return False
-        return not self._stays(self._trainers.current)
+        return not self._departure.holds(self._trainers.current)
 
     def _take_directive(self, generation: int) -> dict[str, Any]:
         directive, self._directive = self._directive, None
@@ -573,10 +550,10 @@ class Supervisor:
     def _take_signal(self, number: int) -> None:
         """Hands a signal on to the trainer; one that is a notice is told to the coordinator, so that all ranks know."""
         self._signals.append(number)
-        if not self._is_flushing:  # the process that saves what memory holds knows no handler
+        if not self._departure.is_flushing:  # the process that saves what memory holds knows no handler
             self._trainers.forward(number)
         self._departure.heard(number)
-        if self._departure.is_at_once and self._is_flushing:
+        if self._departure.is_at_once and self._departure.is_flushing:
             self._trainers.kill()
 
     def _tell_notice(self) -> None:
@@ -585,5 +562,6 @@ class Supervisor:
 
     def _signal_script(self) -> None:
         """A script without a loop of ours does not see the word of the notice; it gets what it would under torchrun."""
-        if self._leaving_by is None and not self._is_flushing and self._trainers.phase() is layout.Phase.NONE:
+        has_signal = self._leaving_by is not None or any(map(self._departure.is_notice, self._signals))
+        if not has_signal and not self._departure.is_flushing and self._trainers.phase() is layout.Phase.NONE:
             self._trainers.forward(signal.SIGTERM)

@@ -32,6 +32,8 @@ def parent_of(pid):
 
 
 def committed():
+    if CONFIG["store"] is None:
+        return []
     return sorted(int(path.parent.name[5:13]) for path in Path(CONFIG["store"]).glob("run/step-*/manifest.json"))
 
 
