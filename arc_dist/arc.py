@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from arc_dist.engine import Engine, Resumed
 from arc_dist.errors import ConfigError
 from arc_dist.guard import Guard
 from arc_dist.hooks import StepHooks, managed
+from arc_dist.leaving import leave
 from arc_dist.loop import GuardedLoop, LossFunction, StepResult, check_loss
+from arc_dist.protocol.flags import Flag
 from arc_dist.protocol.healing import Rung
 from arc_dist.settings import Settings
 from arc_dist.snapshot.state import TrainingState
@@ -123,7 +125,7 @@ class Arc:
 
         Raises:
             TrainingStopped: healing ran out of budget.
-            Preempted: SIGTERM came; the state was saved.
+            Preempted: SIGTERM or another notice came; the state was saved (`PreemptedUnsaved`: was not).
             DataNotReproducible: the data cannot be resumed exactly.
         """
         if not callable(loss_fn):
@@ -137,7 +139,6 @@ class Arc:
             source = engine.open_data(loader, steps=steps, epochs=epochs, exact=exact)
             loop = GuardedLoop(engine, loss_fn, source, steps)
             engine.resume(data=source, warm_up=loop.warm_up)
-            engine.catch_sigterm()
             yield from loop.run()
         except Exception:
             # The other ranks may be gone: nothing is waited for that needs them.
@@ -159,6 +160,10 @@ class Arc:
         Use: ``action = arc.step(loss)``, then ``if not action.rolled_back: loss.backward(); optimizer.step()``. The
         gradient is judged when the optimizer steps: a bad one makes that step do nothing, on every rank. The data is
         the script's own: after a rollback it goes on with the next batch.
+
+        Raises:
+            TrainingStopped: healing ran out of budget.
+            Preempted: as in `train`; the loss was not used.
         """
         if self._training:
             raise ConfigError("step() belongs to a loop of your own; inside train() everything is done already.")
@@ -168,11 +173,21 @@ class Arc:
             if resumed is not None:
                 return Action("resume", resumed.step, f"restored step {resumed.step} from {resumed.tier}")
         assert self._hooks is not None
+        self._engine.heed_notices()
         decision = self._hooks.judge_loss(loss.item())
+        if self._engine.guard.agreed & Flag.PREEMPT:
+            self._leave(self._hooks)
         step = self._engine.guard.step
         if decision is None or decision.rung is Rung.APPLY:
             return Action("apply", step)
         return Action(decision.rung.value, step, decision.reason)
+
+    def _leave(self, hooks: StepHooks) -> NoReturn:
+        try:
+            leave(self._engine)
+        finally:
+            hooks.remove()
+            self._engine.close(abort=True)
 
     def start(self) -> Resumed | None:
         """Starts the three-line form before the first loss, and restores what there is to restore.

@@ -17,7 +17,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from arc_dist.checkpoint_store.codec import encode
 from arc_dist.checkpoint_store.format import ShardTensor, dtype_name
@@ -28,7 +28,7 @@ from arc_dist.checkpoint_store.writer import SaveAborted
 from arc_dist.connect import Client
 from arc_dist.errors import ArcError, StoreError, StoreFull, StoreTransient
 from arc_dist.snapshot.plan import ROUNDED
-from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.snapshot.slot import Snapshot
 from arc_dist.telemetry.log import logger
 
 _POLL_S = 30.0
@@ -49,6 +49,14 @@ class _Saving:
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
+class SnapshotSource(Protocol):
+    """Where snapshots are, as far as writing them is concerned; see `SnapshotRing`."""
+
+    def pin(self, slot: int) -> None: ...
+    def unpin(self, slot: int) -> None: ...
+    def restore(self, slot: int) -> Snapshot: ...
+
+
 class Checkpointer:
     """One rank's background writer.
 
@@ -58,6 +66,7 @@ class Checkpointer:
         coordinator: commits a step once every rank's shard is durable.
         record: called with incidents (a tier that is full, a save that failed or came late).
         on_committed: called with (step, tier), in the writer's thread.
+        on_written: called with the seconds that a shard took to be written to the first tier, in the writer's thread.
         max_bytes_per_s: bound on the rate of writing; None for none.
         save_timeout_s: how long one shard may take to be written to one tier.
         commit_timeout_s: how long a written shard waits for the others before the save is given up.
@@ -67,13 +76,14 @@ class Checkpointer:
         self,
         *,
         tiers: Tiers,
-        ring: SnapshotRing,
+        ring: SnapshotSource,
         coordinator: Client,
         rank: int,
         world_size: int,
         generation: int,
         record: Callable[..., None] | None = None,
         on_committed: Callable[[int, int], None] | None = None,
+        on_written: Callable[[float], None] | None = None,
         max_bytes_per_s: float | None = None,
         save_timeout_s: float = 600.0,
         commit_timeout_s: float = 600.0,
@@ -86,6 +96,7 @@ class Checkpointer:
         self._generation = generation
         self._record = record
         self._on_committed = on_committed
+        self._on_written = on_written
         self._pace = Pace(max_bytes_per_s)
         self._save_timeout_s = save_timeout_s
         self._commit_timeout_s = commit_timeout_s
@@ -129,6 +140,10 @@ class Checkpointer:
             if current is not None:
                 current.done.wait(left_s)
         return True
+
+    def hurry(self) -> None:
+        """From now on nothing bounds the rate of writing."""
+        self._pace.lift()
 
     def forget_after(self, step: int) -> None:
         """A rollback to `step`: later steps, when they are reached again, are other states and not written yet."""
@@ -231,7 +246,10 @@ class Checkpointer:
             saving.tier, saving.deadline = tier, time.monotonic() + self._save_timeout_s
             saving.is_writing = True
             try:
+                began = time.perf_counter()
                 part = self._write_to(saving, tier)
+                if tier == 0 and self._on_written is not None:
+                    self._on_written(time.perf_counter() - began)
             except StoreError as error:
                 if isinstance(error, SaveAborted):
                     raise

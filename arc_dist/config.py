@@ -7,6 +7,7 @@ import getpass
 import json
 import math
 import os
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,9 @@ class Env:
     log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
     max_restarts: int = 100  # ARC_MAX_RESTARTS, for users: bound on restarts for infrastructure faults
     hang_deadline_s: float | None = None  # ARC_HANG_DEADLINE_S, for users: the default of Arc(hang_deadline_s=...)
+    grace_s: float = 30.0  # ARC_GRACE_S, for users: from a preemption notice to the end of all processes
+    preempt_signals: tuple[int, ...] = (int(signal.SIGTERM),)  # ARC_PREEMPT_SIGNALS, for users: which are notices
+    preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -69,6 +73,9 @@ class Env:
             log_level=env.get("ARC_LOG_LEVEL", "info").lower(),
             max_restarts=_integer(env, "ARC_MAX_RESTARTS", 100),
             hang_deadline_s=_seconds(env, "ARC_HANG_DEADLINE_S"),
+            grace_s=_grace(env),
+            preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
+            preempt_file=_path(env, "ARC_PREEMPT_FILE"),
             rank=_integer(env, "RANK", 0),
             world_size=_integer(env, "WORLD_SIZE", 1),
             local_rank=_integer(env, "LOCAL_RANK", 0),
@@ -104,6 +111,29 @@ def _seconds(env: Mapping[str, str], name: str) -> float | None:
     if not 0 <= value < math.inf:
         raise ConfigError(f"{name}={text!r} is not a number of seconds. Correct or unset it.", variable=name)
     return value
+
+
+def _grace(env: Mapping[str, str]) -> float:
+    seconds = _seconds(env, "ARC_GRACE_S")
+    if seconds == 0:
+        raise ConfigError("ARC_GRACE_S=0 leaves no time to save anything. Correct or unset it.", variable="ARC_GRACE_S")
+    return Env.grace_s if seconds is None else seconds
+
+
+_NOTICE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")  # handed on by supervisors, and not sent by people
+
+
+def _signals(env: Mapping[str, str], name: str, default: str) -> tuple[int, ...]:
+    words = [word.strip().upper() for word in (env.get(name) or default).split(",")]
+    full = [word if word.startswith("SIG") else f"SIG{word}" for word in words]
+    unknown = [word for word, known in zip(words, full, strict=True) if known not in _NOTICE_SIGNALS]
+    if unknown:
+        raise ConfigError(
+            f"{name}={env.get(name)!r}: {', '.join(unknown)} cannot be a preemption notice. "
+            f"Name one or more of {', '.join(_NOTICE_SIGNALS)}, separated by commas.",
+            variable=name,
+        )
+    return tuple(dict.fromkeys(int(signal.Signals[known]) for known in full))
 
 
 def _path(env: Mapping[str, str], name: str) -> Path | None:

@@ -6,13 +6,10 @@ Starting it communicates, so every rank must start it at the same point; constru
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence, Sized
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from arc_dist.data.source import ENDLESS, BatchSource
 from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter, agree, require_equal_settings
+from arc_dist.leaving import Notices, learned, prepare
 from arc_dist.memory import open_ring
 from arc_dist.parallel import Parallelism, ddp_modules, gradients_reach_all, parallelism
 from arc_dist.protocol.flags import Flag
@@ -85,12 +83,13 @@ class Engine:
         self._closers: list[Callable[[], None]] = []
         self._last_progress = 0.0
         self._first_step_reported = False
-        self._old_handler: Any = None
         self._step_times: list[float] = []
         self._last_step_at = 0.0
         self.must_agree_on_data = False
         self.started = False
         self._rng: RngState | None = None
+        self.owner = ""
+        self.notices = Notices(env, self._pass_notice_on)
 
     # ------------------------------------------------------------------ starting
 
@@ -104,6 +103,7 @@ class Engine:
         settings, env = self.settings, self.env
         self.sections.attach(env.shm_dir, env.generation)
         self.sections.enter(Section.START)
+        self.notices.listen()
         self.voter = Voter(timeout_s=settings.vote_timeout_s)
         self.rank, self.world_size = self.voter.rank, self.voter.world_size
         set_up_logging(level=env.log_level, rank=self.rank, world_size=self.world_size)
@@ -127,6 +127,7 @@ class Engine:
                 max_bytes_per_s=settings.max_bytes_per_s,
                 save_timeout_s=settings.save_timeout_s,
                 on_committed=self._wake_drainer,
+                on_written=lambda seconds: learned(self, seconds),
             )
         self.store = store
         if store is not None and self.rank == 0 and (len(store) > 1 or any(tier.keep for tier in self._tiers)):
@@ -168,14 +169,24 @@ class Engine:
         if self._checkpointer is not None:
             self._checkpointer.forget_after(from_step - 1)
         if self.rank == 0:
-            self._tell(lambda: self.coordinator.poison(from_step, to_step, self.env.generation))
+            self.tell(lambda: self.coordinator.poison(from_step, to_step, self.env.generation))
             store = self.store
             if store is not None:
                 # The coordinator forgets with the job. In a thread, because storage may be slow and training goes on.
                 why = f"generation {self.env.generation} rolled back to step {from_step - 1}"
                 threading.Thread(target=store.quarantine, args=(from_step, to_step, why), daemon=True).start()
 
-    def _tell(self, say: Callable[[], object]) -> None:
+    def _pass_notice_on(self) -> None:
+        """In a thread, as soon as a signal says that this job is to go: all supervisors hear of it."""
+        if self.started:
+            self.tell(lambda: self.coordinator.preempt(self.rank))
+
+    def say_phase(self, phase: Phase) -> None:
+        """Lets the supervisor know what this process is about to do."""
+        if self._status is not None:
+            self._status.write(phase=phase, step=self.guard.step, generation=self.env.generation)
+
+    def tell(self, say: Callable[[], object]) -> None:
         """Tells the coordinator something; training does not stop for one that cannot be reached."""
         try:
             say()
@@ -198,8 +209,8 @@ class Engine:
         """Opens the store on every rank; when one cannot write there, all stop with that rank's reason."""
         if not self._tiers:
             return None
-        owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
-        store = Tiers(self._tiers, run=self._run, owner=owner, dedup=self.settings.dedup)
+        self.owner = self.voter.gather(uuid.uuid4().hex, step=0)[0]
+        store = Tiers(self._tiers, run=self._run, owner=self.owner, dedup=self.settings.dedup)
         agree(self.voter, store.check_writable, "the store cannot be used")
         agree(self.voter, lambda: store.take_over() if self.rank == 0 else None, "the store cannot be used")
         return store
@@ -242,8 +253,8 @@ class Engine:
             self._drainer.start()
         if self._recorder is not None:
             self._recorder.record(kind="started", step=self.guard.step, generation=self.env.generation)
-        if self._status is not None:
-            self._status.write(phase=Phase.STEPPING, step=self.guard.step, generation=self.env.generation)
+        prepare(self)
+        self.say_phase(Phase.STEPPING)
         return self.resumed
 
     def _introduce_store(self) -> None:
@@ -254,13 +265,13 @@ class Engine:
         steps = [
             {"step": info.step, "generation": info.generation, "certified": info.certified} for info in store.steps()
         ]
-        self._tell(lambda: self.coordinator.hello_store(store.url, steps))
+        self.tell(lambda: self.coordinator.hello_store(store.url, steps))
 
     def _correct_plan(self, found: restore.Found | None) -> None:
         """Tells the coordinator when training goes on from another step than it had planned."""
         plan = self.env.plan
         if plan is not None and found is not None and self.rank == 0 and found.step != plan["step"]:
-            self._tell(lambda: self.coordinator.restored(self.rank, self.env.generation, found.step))
+            self.tell(lambda: self.coordinator.restored(self.rank, self.env.generation, found.step))
 
     def _needs_warm_up(self, step: int) -> bool:
         """DDP sums gradients bucket by bucket, and rebuilds its buckets after the first backward.
@@ -316,6 +327,11 @@ class Engine:
             data = self.guard.data
             mark = data.mark() if isinstance(data, BatchSource) else b""
             self._record.write(self.guard.step + 1, self._rng, self.state.moving_buffers(), mark)
+
+    def heed_notices(self) -> None:
+        """Between two steps: a notice that this rank got becomes a request that all ranks agree on."""
+        if self.notices.is_told:
+            self.guard.request(Flag.PREEMPT)
 
     def check_boundary(self) -> None:
         """Between two steps: finds out whether the script draws random numbers there.
@@ -375,15 +391,21 @@ class Engine:
         values = self.voter.gather(value, self.guard.step)
         return sum(values) / len(values)
 
-    def save_now(self, step: int) -> bool:
+    def save_now(self, step: int, *, hurry: bool = False) -> bool:
         """Writes the certified snapshot of `step` and waits for its commit. False without a store.
 
         Every rank must call this; it blocks.
+
+        Args:
+            step: to be saved.
+            hurry: write as fast as storage takes it, whatever `max_bytes_per_s` says.
         """
         writer = self._checkpointer
         if writer is None:
             return False
         self.sections.enter(Section.SAVE)
+        if hurry:
+            writer.hurry()
         writer.wait()
         if step not in writer.committed:
             slot = self.guard.protection.slot_of(step)
@@ -427,37 +449,17 @@ class Engine:
 
     # ------------------------------------------------------------------ leaving
 
-    def catch_sigterm(self) -> None:
-        """SIGTERM becomes a request that all ranks agree on within a step; a handler of the script's is left alone."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            return
-        owner = os.getpid()
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if os.getpid() == owner:
-                self.guard.request(Flag.PREEMPT)
-            else:
-                # A forked data worker inherited this handler. The launcher signals the whole process group, but the
-                # trainer still needs its batches to finish the step; it ends its workers itself, or the alarm does.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, 20.0)
-
-        self._old_handler = signal.signal(signal.SIGTERM, handle)
-
     def close(self, *, abort: bool = False) -> None:
         """Ends threads and gives memory back; does not communicate.
 
         Args:
             abort: give up a checkpoint that is being written or waits for other ranks.
         """
+        self.notices.close()
         if not self.started:
             return
         self.started = False
         self.sections.enter(Section.DONE)
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
         if self._checkpointer is not None:
             self._checkpointer.close(abort=abort)
         if self._drainer is not None:

@@ -7,6 +7,7 @@
     +-- DataNotReproducible     exact resumption of the data is impossible  (do not retry)
     +-- TrainingStopped         healing ran out of budget                   (do not retry)
     +-- Preempted               the job was told to go and saved its state  (retry)
+    |   +-- PreemptedUnsaved    the same, but nothing could be saved
     +-- InfrastructureError     a peer, a node or the network was lost      (retry)
     |   +-- PeerLost            a rank did not take part in a collective
     |   +-- CoordinatorUnavailable
@@ -82,10 +83,16 @@ class TrainingStopped(ArcError):
 
 
 class Preempted(ArcError):
-    """The job was asked to end (SIGTERM) and all ranks agreed on a last checkpoint."""
+    """The job was asked to end (SIGTERM, ...), all ranks agreed, and a last checkpoint is committed."""
 
     exit_code = ExitCode.PREEMPTED
     retryable = True
+
+
+class PreemptedUnsaved(Preempted):
+    """The job was asked to end, and the state of its last step is not saved: there is no store, or it refused."""
+
+    exit_code = ExitCode.INFRASTRUCTURE
 
 
 class InfrastructureError(ArcError):

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from arc_dist.data.source import Batch, BatchSource
 from arc_dist.engine import Engine
-from arc_dist.errors import ConfigError, Preempted
+from arc_dist.errors import ConfigError
+from arc_dist.leaving import leave
 from arc_dist.parallel import Clipper, GradientSync, Parallelism
 from arc_dist.protocol.flags import Flag
 from arc_dist.protocol.hangs import Section
@@ -103,7 +104,8 @@ class GuardedLoop:
             sections.begin_step(guard.step + 1, _DATA if is_quiet else _CHECKPOINT)
             guard.boundary()
             if guard.agreed & _PREEMPT:
-                self._leave()
+                leave(engine)
+            engine.heed_notices()
             engine.check_boundary()
             if not is_quiet:
                 sections.enter(_DATA)
@@ -290,17 +292,6 @@ class GuardedLoop:
             return False
         self._engine.save_now(self._guard.step)
         return True
-
-    def _leave(self) -> None:
-        """Every rank agreed to go: save and stop with the exit code that asks to be started again."""
-        decision = self._guard.seal()
-        if decision is not None:
-            self._guard.act(decision)  # a rollback leaves the run at a certified step, which is saved instead
-        saved = self._engine.save_now(self._guard.step)
-        where = "it is committed" if saved else "no store is set, so nothing outlives this job (Arc(store=...))"
-        raise Preempted(
-            f"preempted at step {self._guard.step}: {where}. Start the job again to continue.", step=self._guard.step
-        )
 
 
 def _mean(values: Sequence[float]) -> float:

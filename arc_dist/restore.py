@@ -23,6 +23,7 @@ from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.healing.vote import agree
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.snapshot.slot import Snapshot
 from arc_dist.telemetry.log import logger
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def find(engine: Engine) -> Found | None:
     """
     plan = engine.env.plan or {"tier": "none", "poisoned": []}
     if plan["tier"] == "memory":
-        found = _try_everywhere(engine, lambda: _from_memory(engine, plan), f"step {plan['step']} in memory")
+        found = _try_everywhere(engine, lambda: _planned(engine, plan), f"step {plan['step']} in memory")
         found = found or _older_in_memory(engine, below=plan["step"])
         if found is not None:
             return found
@@ -107,21 +108,35 @@ def _try_everywhere(engine: Engine, attempt: Callable[[], Found], what: str) -> 
     return None
 
 
-def _from_memory(engine: Engine, plan: dict[str, Any]) -> Found:
-    rank = engine.rank
+def _planned(engine: Engine, plan: dict[str, Any]) -> Found:
+    assert engine.env.shm_dir is not None
+    return Found(plan["step"], "memory", *from_memory(plan, engine.rank, engine.env.shm_dir, own=engine.ring.restore))
+
+
+def from_memory(plan: dict[str, Any], rank: int, directory: Path, *, own: Callable[[int], Snapshot]) -> Snapshot:
+    """What a plan says that a rank's state is: a snapshot of its own, or a peer's with what only this rank knows.
+
+    Args:
+        plan: of tier "memory".
+        rank: whose state is wanted.
+        directory: of that rank in shared memory.
+        own: opens a slot there.
+
+    Raises:
+        InfrastructureError: the rank was to take a peer's snapshot, and left nothing of its own.
+        ConfigError, SlotDamaged: see `SnapshotRing`.
+    """
     source = plan["sources"][str(rank)]
     if source["rank"] == rank:
-        specs, tensors, small = engine.ring.restore(source["slot"])
-        return Found(plan["step"], "memory", specs, tensors, small)
-    specs, tensors, small = SnapshotRing.open_peer(Path(source["shm_dir"]), source["slot"])
-    assert engine.env.shm_dir is not None
-    recorded = StepRecord(engine.env.shm_dir).read(plan["step"])
+        return own(source["slot"])
+    snapshot = SnapshotRing.open_peer(Path(source["shm_dir"]), source["slot"])
+    recorded = StepRecord(directory).read(plan["step"])
     if recorded is None:
         raise errors.InfrastructureError(f"rank {rank} left no record of step {plan['step']} before it died")
-    small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
+    snapshot.small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
     if recorded.mark:
-        small["data"] = read_mark(recorded.mark)
-    return Found(plan["step"], "memory", specs, tensors, small)
+        snapshot.small["data"] = read_mark(recorded.mark)
+    return snapshot
 
 
 def _from_store(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]) -> Found | None:

@@ -31,6 +31,10 @@ class Pace:
         self._lock = threading.Lock()
         self._free_at = 0.0  # when all bytes so far have been sent, at exactly the rate
 
+    def lift(self) -> None:
+        """Ends the limit, also for a transfer that waits at this moment."""
+        self._rate = None
+
     def spend(self, nbytes: int, check: Callable[[], None]) -> None:
         """Waits until `nbytes` may be sent.
 
@@ -39,12 +43,13 @@ class Pace:
             check: called first, and every 0.1 s of the wait; what it raises ends the wait.
         """
         check()
-        if self._rate is None:
+        rate = self._rate
+        if rate is None:
             return
         with self._lock:
             # An idle time is not saved up: a burst after it would be what the limit is there to prevent.
             begin = max(self._free_at, self._clock())
-            self._free_at = begin + nbytes / self._rate
-        while (wait_s := begin - self._clock()) > 0:
+            self._free_at = begin + nbytes / rate
+        while self._rate is not None and (wait_s := begin - self._clock()) > 0:
             self._sleep(min(wait_s, _LOOK_UP_S))
             check()

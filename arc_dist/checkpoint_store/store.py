@@ -117,6 +117,22 @@ class Store:
                 "would not be safe there. Choose another store."
             )
 
+    def measure_writing(self, nbytes: int) -> float:
+        """Bytes per second at which a file of `nbytes` is written durably; the file is removed again.
+
+        Raises:
+            StoreError: as `check_writable`.
+        """
+        probe = f"{self.run}/.probe-{uuid.uuid4().hex}"
+        data = os.urandom(nbytes)  # storage may compress
+        began = time.perf_counter()
+        try:
+            self._backend.create_exclusive(probe, data)
+            return nbytes / max(time.perf_counter() - began, 1e-9)
+        finally:
+            with contextlib.suppress(StoreError):
+                self._backend.remove(probe)
+
     def take_over(self) -> None:
         """Makes this owner the one whose commits count. One rank calls it, after `check_writable`; see `owners`.
 

@@ -237,7 +237,7 @@ class Coordinator:
                     f"{self._job.generation}: its journal was lost. Restart the job.",
                     rank=rank,
                 )
-            told = generations.directive(self._job, rank, generation)
+            told = generations.directive(self._job, rank, generation, following=after)
             remaining_s = deadline_s - self._clock()
             if told.order is not Order.WAIT and told.order.value != after:
                 return self._directive_answer(rank, told)
@@ -256,7 +256,7 @@ class Coordinator:
         if told.order is Order.END:
             answer["leaving"] = told.leaving
         if told.order is Order.RUN and self._job.plan is not None:
-            answer |= {"plan": self._job.plan.as_dict(), "store": self._store}
+            answer |= {"plan": {**self._job.plan.as_dict(), "flush": self._job.flushing}, "store": self._store}
         if told.order is Order.STOP and self._job.stop is not None:
             answer |= {"exit_code": self._job.stop.exit_code, "blame_rank": self._job.stop.blame_rank}
         return answer

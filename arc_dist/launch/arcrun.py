@@ -8,6 +8,7 @@ torchrun's.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -17,11 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from arc_dist.errors import ExitCode
+from arc_dist.config import Env
+from arc_dist.errors import ConfigError, ExitCode
 from arc_dist.launch import endings
 from arc_dist.launch.options import add_settings, settings_to_arguments
 
 _PREFIX = "arc-"
+_TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+_TORCHRUN_SHUTDOWN_S = 30  # what it waits by default between telling its workers to end and killing them
 _WORDS = {
     int(ExitCode.PREEMPTED): "was preempted and has saved its state; start it again",
     int(ExitCode.INFRASTRUCTURE): "was stopped by its infrastructure; start it again",
@@ -32,6 +36,8 @@ _WORDS = {
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; ends the process."""
+    # Until torchrun takes signals over, nothing runs that could be lost.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(int(ExitCode.PREEMPTED)))
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -83,12 +89,28 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.no_python or arguments.run_path:
         print("arcrun: --no-python and --run-path cannot be guarded. Use torchrun for them.", file=sys.stderr)
         sys.exit(int(ExitCode.CONFIGURATION))
+    _fit_to_grace(arguments)
     ours = settings_to_arguments(arguments, _PREFIX)
     module = ["-m"] if arguments.module else []
     arguments.training_script_args = [*ours, *module, arguments.training_script, *arguments.training_script_args]
     arguments.training_script = "arc_dist"
     arguments.module = True
     return arguments
+
+
+def _fit_to_grace(arguments: argparse.Namespace) -> None:
+    """Lets torchrun hear the same notices, and wait as long as the grace period before it kills."""
+    named = {"ARC_GRACE_S": arguments.arc_grace_s, "ARC_PREEMPT_SIGNALS": arguments.arc_preempt_signals}
+    try:
+        env = Env.read({**os.environ, **{name: value for name, value in named.items() if value is not None}})
+    except ConfigError as error:
+        print(f"arcrun: {error}", file=sys.stderr)
+        sys.exit(int(ExitCode.CONFIGURATION))
+    if arguments.shutdown_timeout is None and _TORCHRUN_VARIABLE not in os.environ:
+        arguments.shutdown_timeout = max(_TORCHRUN_SHUTDOWN_S, math.ceil(env.grace_s))
+    heard = arguments.signals_to_handle.split(",")
+    heard += [signal.Signals(number).name for number in env.preempt_signals]
+    arguments.signals_to_handle = ",".join(dict.fromkeys(heard))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -65,8 +65,10 @@ def job_exit_code(
     """
     failures = [code for code in returncodes if code != 0]
     if signal_number is not None:
-        saved = bool(returncodes) and all(code in (0, ExitCode.PREEMPTED) for code in returncodes) and failures
-        return int(ExitCode.PREEMPTED) if saved else 128 + signal_number
+        own = [code for code in failures if code in _RETRYABLE]
+        if not failures or len(own) < len(failures):
+            return 128 + signal_number
+        return int(max(own))  # INFRASTRUCTURE, when one of them could not save
     if failures:
         first = failures[0]
     elif worker_exit_code is not None and worker_exit_code > 0:

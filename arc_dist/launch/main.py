@@ -10,7 +10,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from arc_dist.config import Env
@@ -45,21 +46,36 @@ def start() -> Callable[[], NoReturn]:
         options.target.check()
         os.environ.update(options.environ)
         env = Env.read()
+        if not options.no_guard:
+            _leave_early_on(env.preempt_signals)
         membership = Membership.read(os.environ)
         _preload(options)
     except ArcError as error:
         _fail(error, says=os.environ.get("LOCAL_RANK", "0") == "0")
     forked = zygote.fork_zygote()
     if isinstance(forked, zygote.ZygoteProcess):
-        _supervise(env, membership, forked)
+        _supervise(env, membership, forked, is_guarded=not options.no_guard)
     return functools.partial(_run_script, options)
 
 
-def _supervise(env: Env, membership: Membership, forked: zygote.ZygoteProcess) -> NoReturn:
+def _leave_early_on(numbers: Sequence[int]) -> None:
+    """Until the supervisor takes signals over, a notice finds nothing that could be lost."""
+    owner = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            _leave(int(ExitCode.PREEMPTED))
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)
+
+
+def _supervise(env: Env, membership: Membership, forked: zygote.ZygoteProcess, *, is_guarded: bool) -> NoReturn:
     from arc_dist.supervisor import host  # after the fork: it imports HTTP and stores, and starts threads
 
     try:
-        ending = host.supervise(env, membership, forked)
+        ending = host.supervise(env, membership, forked, is_guarded=is_guarded)
     except ArcError as error:
         _fail(error, says=True)
     except KeyboardInterrupt:  # before the supervisor took signals over
@@ -90,6 +106,9 @@ def _preload(options: command_line.Options) -> None:
 
 
 def _run_script(options: command_line.Options) -> NoReturn:
+    env = Env.read()
+    if env.plan is not None and env.plan.get("flush"):
+        _save_from_memory(env)
     if not options.no_guard:
         from arc_dist.hooks import guard_script
 
@@ -97,10 +116,18 @@ def _run_script(options: command_line.Options) -> NoReturn:
     elif not options.no_preload:
         from arc_dist.launch.steps import count_steps
 
-        env = Env.read()
         assert env.shm_dir is not None, "the supervisor gives its trainers a directory"
         count_steps(env.shm_dir, env.generation)
     script.run(options.target)
+
+
+def _save_from_memory(env: Env) -> NoReturn:
+    """Instead of the script, whose process is gone: see `arc_dist.flush`."""
+    for number in zygote.FORWARDED_SIGNALS:  # they were notices, and are being heeded; SIGKILL still ends this
+        signal.signal(number, signal.SIG_IGN)
+    from arc_dist.flush import flush
+
+    script.run_call(lambda: flush(env))
 
 
 def _fail(error: ArcError, *, says: bool) -> NoReturn:

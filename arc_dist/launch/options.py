@@ -28,6 +28,7 @@ exit codes:
 torch is imported before the script runs, so that a restart need not do it again: environment variables that torch
 reads at import must be set before the job starts, or use --no-preload.
 """
+_VALUES = ("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,21 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         metavar="N",
         help="bound on fast restarts for infrastructure faults, default 100 [ARC_MAX_RESTARTS]",
     )
+    add(
+        f"--{prefix}grace-s",
+        metavar="S",
+        help="seconds from a preemption notice to the end of all processes, default 30 [ARC_GRACE_S]",
+    )
+    add(
+        f"--{prefix}preempt-signals",
+        metavar="NAMES",
+        help="signals that are preemption notices, default SIGTERM; such as SIGTERM,SIGUSR1 [ARC_PREEMPT_SIGNALS]",
+    )
+    add(
+        f"--{prefix}preempt-file",
+        metavar="FILE",
+        help="a file whose appearance is a preemption notice [ARC_PREEMPT_FILE]",
+    )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(
         f"--{prefix}preload",
@@ -84,7 +100,7 @@ def settings_to_arguments(namespace: argparse.Namespace, prefix: str) -> list[st
     values = vars(namespace)
     key = prefix.replace("-", "_")
     arguments: list[str] = []
-    for name in ("store", "run-dir", "shm-root", "max-restarts", "log-level"):
+    for name in (*_VALUES, "log-level"):
         value = values[key + name.replace("-", "_")]
         if value is not None:
             arguments.append(f"--{name}={value}")
@@ -116,6 +132,9 @@ def parse(arguments: Sequence[str]) -> Options:
             "ARC_RUN_DIR": known.run_dir and os.path.abspath(known.run_dir),
             "ARC_SHM_ROOT": known.shm_root,
             "ARC_MAX_RESTARTS": known.max_restarts,
+            "ARC_GRACE_S": known.grace_s,
+            "ARC_PREEMPT_SIGNALS": known.preempt_signals,
+            "ARC_PREEMPT_FILE": known.preempt_file and os.path.abspath(known.preempt_file),
             "ARC_LOG_LEVEL": known.log_level,
         }.items()
         if value is not None

@@ -9,7 +9,8 @@ judged once, when every rank has said that its process is gone, so that all evid
 
 1. The process asked for it: exit codes 75 (preempted), 77 (healing gave up) and 78 (configuration) end the job as said.
 2. Somebody else keeps count: a supervisor was replaced, by a launcher with a budget of its own, and the job goes on; or
-   a preemption notice had come, and the job ends as preempted. Neither costs budget here.
+   a preemption notice had come, and the job ends as preempted, unless the script is at fault and 3, 4 or 5 end it.
+   Neither costs budget here.
 3. A user's bug repeats itself: an exception or exit before the job's very first step, or the same one at the same step
    a second time. Trying again would do the same again.
 4. No progress: `max_fruitless` generations in a row ended without a step beyond the best one before. This holds for
@@ -66,6 +67,7 @@ class CauseKind(enum.Enum):
     HANG = "hang"  # ended because it did not go on
     LOST = "lost"  # gone without a report
     REPLACED = "replaced"  # its supervisor was replaced, and with it all its processes
+    OVERDUE = "overdue"  # it was told to go and did not in time, so its supervisor ended it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,8 @@ class Cause:
             return "lost without a report"
         if self.kind is CauseKind.REPLACED:
             return "replaced by its launcher"
+        if self.kind is CauseKind.OVERDUE:
+            return "did not leave by itself before its grace period was about to end"
         message = self.message.strip()
         first_line = message.splitlines()[0] if message else ""
         return (
@@ -264,8 +268,9 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
     free = dataclasses.replace(after, fruitless=0 if progressed else ledger.fruitless)
     if cause.kind is CauseKind.REPLACED:
         return free, Judgement(root=root, reason=str(root))
+    preempted = Judgement(root=root, stop_code=ExitCode.PREEMPTED, reason=f"{root} after a preemption notice")
     if ended.preempted and not cause.is_users:
-        return free, Judgement(root=root, stop_code=ExitCode.PREEMPTED, reason=f"{root} after a preemption notice")
+        return free, preempted
 
     own_code = cause.exit_code or ExitCode.USER_BUG
     if cause.is_users:
@@ -284,6 +289,8 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
         code = own_code if cause.is_users else ExitCode.INFRASTRUCTURE
         return after, Judgement(root=root, stop_code=code, reason=f"{root}; all {ledger.restarts} restarts are used up")
 
+    if ended.preempted:
+        return free, preempted
     after = dataclasses.replace(after, restarts=ledger.restarts + 1)
     return after, Judgement(root=root, reason=str(root))
 

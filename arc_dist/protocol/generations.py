@@ -27,6 +27,12 @@ so is started again; its result is not lost, because the end of its script comes
 set, a second death of a rank in a generation is ignored, older generations are fenced. `ready(g+1)` in RUNNING(g) is a
 death whose report was lost or is late: the process is gone either way.
 
+**Preemption.** A notice in RUNNING is told to all ranks (LEAVE), which save and end by themselves. Whatever else ends a
+generation after a notice, and a notice that finds none running, lead to one last generation if memory holds a state
+newer than every checkpoint: its processes do not train but write that state (*flush*). It has a plan and a number like
+any other, so the same rules keep it whole (all ranks write the same step) and fence what came before. Then the job
+stops: as preempted when nothing is lost, else as a fault of the infrastructure.
+
 **Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
 a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed
 and would be newer than what it would restore otherwise.
@@ -67,7 +73,7 @@ from arc_dist.protocol.events import (
     WentBack,
 )
 from arc_dist.protocol.job import Job, JobConfig, Phase, Stop
-from arc_dist.protocol.pick import Restored, pick
+from arc_dist.protocol.pick import Restored, Tier, newest_committed, pick
 
 _SIGTERM = 15
 _TOLD_TO_GO = (1, 2, 3, _SIGTERM)  # SIGHUP, SIGINT, SIGQUIT
@@ -275,7 +281,9 @@ def apply(config: JobConfig, job: Job, event: Event, now_s: float) -> Outcome:
 def _open_transition(config: JobConfig, job: Job, now_s: float) -> _Answer | None:
     """What follows from the state alone: the arrows of the diagram that wait for *all* ranks."""
     if job.phase is Phase.RUNNING and len(job.finished) == config.world_size:
-        return _over(job, None, now_s)
+        return _over(job, _flushed(job) if job.flushing else None, now_s)
+    if job.phase is Phase.STARTING and job.preempted and job.generation == job.first:
+        return _over(job, Stop(exit_code=ExitCode.PREEMPTED, reason="told to go before anything ran"), now_s)
     if job.phase is Phase.ENDING and len(job.ready) == config.world_size:
         return _conclude(config, job, now_s)
     if job.phase is Phase.STARTING and len(job.ready) == config.world_size:
@@ -302,8 +310,15 @@ def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
     ledger, judgement = budgets.judge(config.budget, job.ledger, ended)
     over = GenerationOver(generation=job.generation, deaths=job.deaths, judgement=judgement, reached=job.reached)
     job = dataclasses.replace(job, ledger=ledger)
-    if judgement.stop_code is not None:
+    is_left_unsaved = judgement.stop_code == ExitCode.PREEMPTED and judgement.root.cause.exit_code != ExitCode.PREEMPTED
+    stop = None
+    if job.flushing:
+        step = job.plan.step if job.plan else None
+        reason = f"told to go, and step {step} could not be saved from memory: {judgement.root}"
+        stop = Stop(exit_code=ExitCode.INFRASTRUCTURE, reason=reason, blame_rank=judgement.root.rank)
+    elif judgement.stop_code is not None and not is_left_unsaved:
         stop = Stop(exit_code=judgement.stop_code, reason=judgement.reason, blame_rank=judgement.root.rank)
+    if stop is not None:
         job, reason, actions = _over(job, stop, now_s)
         return job, reason, (over, *actions)
     job = dataclasses.replace(
@@ -314,7 +329,7 @@ def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
         deaths=(),
         finished=frozenset(),
         reached=0,
-        preempted=False,
+        preempted=is_left_unsaved,
     )
     return job, judgement.reason, (over,)
 
@@ -325,11 +340,22 @@ def _start(config: JobConfig, job: Job, now_s: float) -> _Answer | None:
     newest = max(job.committing, default=-1)
     if newest > (-1 if plan.step is None else plan.step) and now_s < job.since_s + config.commit_wait_s:
         return None  # a newer checkpoint is a moment away; `Settled` or a `Tick` comes back here
+    if job.preempted:
+        committed = newest_committed(job.known)
+        if plan.tier is not Tier.MEMORY or plan.step is None or (committed is not None and committed.step >= plan.step):
+            stop = Stop(exit_code=ExitCode.PREEMPTED, reason=f"told to go; nothing is left to save: {plan.reason}")
+            return _over(job, stop, now_s)
+        job = dataclasses.replace(job, flushing=True)
     known = job.known
     if job.generation > job.first:
         known = known.with_restored(Restored(generation=job.generation, step=plan.step))
     job = dataclasses.replace(job, phase=Phase.RUNNING, since_s=now_s, plan=plan, known=known, ready={}, reached=0)
     return job, plan.reason, (GenerationRuns(plan=plan),)
+
+
+def _flushed(job: Job) -> Stop:
+    step = job.plan.step if job.plan else None
+    return Stop(exit_code=ExitCode.PREEMPTED, reason=f"told to go; step {step} was saved from memory")
 
 
 def _over(job: Job, stop: Stop | None, now_s: float) -> _Answer:
@@ -361,6 +387,7 @@ class Order(enum.Enum):
 
     WAIT = "wait"
     RUN = "run"
+    LEAVE = "leave"
     END = "end"
     STOP = "stop"
     DONE = "done"
@@ -381,8 +408,10 @@ class Directive:
     leaving: int = 0
 
 
-def directive(job: Job, rank: int, generation: int) -> Directive:
+def directive(job: Job, rank: int, generation: int, *, following: str = "") -> Directive:
     """What `rank` is told when it asks about `generation`: the one it runs, or the one it wants to start.
+
+    LEAVE is for a rank that is `following` the order to run already: its process shall save its state and end.
 
     An order to end generation g is always followed by `ready(g+1)`. So it is also the answer to a rank that waits to
     start and of whose readiness nothing is known, as after a restart of the coordinator: it has nothing to end, and
@@ -397,6 +426,8 @@ def directive(job: Job, rank: int, generation: int) -> Directive:
         reason = f"generation {generation} is over; the job is at {present}"
         return Directive(order=Order.END, generation=generation, reason=reason)
     if job.phase is Phase.RUNNING and generation == present:
+        if job.preempted and not job.flushing and following in (Order.RUN.value, Order.LEAVE.value):
+            return Directive(order=Order.LEAVE, generation=present, reason="some rank was told to go")
         return Directive(order=Order.RUN, generation=present, reason=job.plan.reason if job.plan else "")
     if job.phase is Phase.ENDING and (generation == present or rank not in job.ready):
         root = budgets.root_of(job.deaths)

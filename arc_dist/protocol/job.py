@@ -84,6 +84,7 @@ class Job:
         finished: ranks whose script ended well.
         reached: the furthest committed step that was heard of.
         preempted: a preemption notice came in.
+        flushing: the present generation trains no more: it writes what memory holds to the store, and ends.
         committing: steps whose manifest is being written.
         since_s: when the phase began.
         stop: set in STOPPED.
@@ -101,6 +102,7 @@ class Job:
     finished: frozenset[int] = frozenset()
     reached: int = 0
     preempted: bool = False
+    flushing: bool = False
     committing: frozenset[int] = frozenset()
     since_s: float = 0.0
     stop: Stop | None = None
@@ -131,6 +133,7 @@ def durable(job: Job) -> dict[str, Any]:
         "finished": sorted(job.finished),
         "reached": job.reached,
         "preempted": job.preempted,
+        "flushing": job.flushing,
         "stop": dataclasses.asdict(job.stop) if job.stop else None,
     }
 
@@ -166,5 +169,6 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
         finished=frozenset(record["finished"]),
         reached=int(record["reached"]),
         preempted=bool(record["preempted"]),
+        flushing=bool(record.get("flushing", False)),
         since_s=now_s,
     )

@@ -301,6 +301,11 @@ def _best_committed(known: Known, refused: list[Refusal]) -> Committed | None:
     return best
 
 
+def newest_committed(known: Known) -> Committed | None:
+    """The newest checkpoint that may be restored, or None."""
+    return _best_committed(known, [])
+
+
 def _order(entry: Committed) -> tuple[int, int, str]:
     """The best first: the newest step, saved last, in the store whose URL sorts first, so that the answer is one."""
     return (-entry.step, -1 if entry.generation is None else -entry.generation, entry.url)

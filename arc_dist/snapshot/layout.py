@@ -360,6 +360,7 @@ class Phase(enum.IntEnum):
     PARTING = 3  # a peer is lost; the last committed step is being written
     PARTED = 4  # it is written
     DONE = 5
+    LEAVING = 6  # all ranks agreed to go; the last checkpoint is being written
 
 
 @dataclasses.dataclass(frozen=True)

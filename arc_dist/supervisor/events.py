@@ -73,13 +73,42 @@ class Condemned:
 
 
 @dataclasses.dataclass(frozen=True)
+class Noticed:
+    """Something else than a signal to this supervisor says that the job is to go."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsignalled:
+    """A script that is not ours has had the time to get the launcher's signal, after another rank was told to go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraceEnds:
+    """The trainer has used up its own share of the grace period."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Failed:
     """A thread met an error that is no one's fault but ours or the configuration's; the main thread raises it."""
 
     error: BaseException
 
 
-Event = ZygoteSaid | ZygoteLost | Directed | CoordinatorLost | CoordinatorFound | Signalled | Condemned | Failed
+Event = (
+    ZygoteSaid
+    | ZygoteLost
+    | Directed
+    | CoordinatorLost
+    | CoordinatorFound
+    | Signalled
+    | Condemned
+    | Noticed
+    | Unsignalled
+    | GraceEnds
+    | Failed
+)
 Events = queue.SimpleQueue  # of Event; its put may be called from a signal handler
 
 

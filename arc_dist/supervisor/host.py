@@ -18,9 +18,10 @@ from arc_dist.coordinator.client import CoordinatorClient, LocalClient
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.errors import ConfigError, CoordinatorUnavailable
+from arc_dist.preemption.file import NoticeFile, seconds_since_1970
 from arc_dist.snapshot.directory import OwnedDirectory
 from arc_dist.supervisor import process, zygote
-from arc_dist.supervisor.events import Event, Events, Signalled
+from arc_dist.supervisor.events import Event, Events, Noticed, Signalled
 from arc_dist.supervisor.membership import Membership
 from arc_dist.supervisor.rendezvous import (
     CoordinatorAddress,
@@ -37,11 +38,18 @@ _JOIN_RETRY_S = 0.05
 _ANNOUNCEMENT_GRACE_S = 2.0
 _CLIENT_TIMEOUT_S = 5.0
 _FAREWELL_LIMIT_S = 5.0
-_PREEMPTION_FAREWELL_LIMIT_S = 25.0  # torchrun kills what has not ended 30 s after its SIGTERM
 
 
-def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygoteProcess) -> Ending:
+def supervise(
+    env: Env, membership: Membership, zygote_process: zygote.ZygoteProcess, *, is_guarded: bool = True
+) -> Ending:
     """Runs this rank's supervisor to its end. Call it from the main thread, after the zygote was forked.
+
+    Args:
+        env: settings.
+        membership: what the launcher said about this rank.
+        zygote_process: forks the trainers.
+        is_guarded: see `Setup`.
 
     Raises:
         ArcError: the job cannot start or go on; the message is for the user.
@@ -82,7 +90,12 @@ def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygotePro
             store_for=stores.prepare if stores is not None else None,
             generation_began=stores.retire if stores is not None else lambda generation: None,
             uses_store=membership.store_host is not None,
+            grace_s=env.grace_s,
+            preempt_signals=env.preempt_signals,
+            is_guarded=is_guarded,
         )
+        if env.preempt_file is not None:
+            stack.callback(_watch_notice_file(env.preempt_file, membership, events).close)
         supervisor = Supervisor(setup, client, zygote_process, events)
         try:
             return supervisor.run(int(answer["generation"]))
@@ -91,8 +104,20 @@ def supervise(env: Env, membership: Membership, zygote_process: zygote.ZygotePro
             if meeting is not None and server is None:
                 meeting.leave(address.token, membership)
             elif meeting is not None and server is not None:
-                limit_s = _PREEMPTION_FAREWELL_LIMIT_S if supervisor.was_preempted else _FAREWELL_LIMIT_S
+                limit_s = max(_FAREWELL_LIMIT_S, env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
                 meeting.await_others(address.token, membership, lambda: server.num_connections, timeout_s=limit_s)
+
+
+def _watch_notice_file(path: Path, membership: Membership, events: Events[Event]) -> NoticeFile:
+    # torchrun's agent is as old as the job; without one the job begins here.
+    pid = os.getppid() if membership.has_agent_store else os.getpid()
+    watch = NoticeFile(
+        path,
+        job_started_at=seconds_since_1970(process.start_ticks(pid)),
+        on_notice=lambda: events.put(Noticed(f"{path} has appeared")),
+    )
+    watch.start()
+    return watch
 
 
 def _find_coordinator(

@@ -14,6 +14,7 @@ import runpy
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, TracebackType
@@ -61,8 +62,13 @@ def run(target: Target) -> NoReturn:
     SystemExit passes through untouched. Any other exception is noted in `exception.json`, loses our frames, and
     passes through too, so that the interpreter prints it with the hook that the script may have set.
     """
+    run_call(lambda: _execute(target))
+
+
+def run_call(call: Callable[[], None]) -> NoReturn:
+    """Makes a call that ends the process, as `run` does."""
     try:
-        _execute(target)
+        call()
     except SystemExit:
         raise
     except BaseException as error:

@@ -28,6 +28,7 @@ from arc_dist.errors import ArcError, CoordinatorUnavailable, ExitCode, Infrastr
 from arc_dist.snapshot import layout
 from arc_dist.supervisor import cause as causes
 from arc_dist.supervisor import process, wire, zygote
+from arc_dist.supervisor.departure import Departure
 from arc_dist.supervisor.events import (
     Condemned,
     CoordinatorFound,
@@ -37,7 +38,10 @@ from arc_dist.supervisor.events import (
     Event,
     Events,
     Failed,
+    GraceEnds,
+    Noticed,
     Signalled,
+    Unsignalled,
     ZygoteLost,
     ZygoteSaid,
 )
@@ -59,6 +63,9 @@ _FAREWELL_LIMIT_S = 5.0
 _RETRY_S = 0.05
 _RETRY_MAX_S = 1.0
 _LONG_RUN_S = 60.0
+
+# What a trainer that was told to go is in while it saves its state, or does something of its own, and ends.
+_ENDS_BY_ITSELF = (layout.Phase.NONE, layout.Phase.LEAVING, layout.Phase.DONE)
 
 # After these the trainer's end is the job's end, however it ended.
 _LEAVING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
@@ -105,6 +112,9 @@ class Setup:
         store_for: generation -> ``{"host", "port"}`` of its store; on rank 0, where a launcher or a world needs one.
         generation_began: told (on rank 0, to close old stores) when a generation runs.
         uses_store: trainers meet in a store (false only for a world of one without a launcher).
+        grace_s: from a preemption notice to the end of all processes.
+        preempt_signals: which signals are notices.
+        is_guarded: the script's optimizer steps are counted, so that it is known whether there were any.
     """
 
     rank: int
@@ -114,6 +124,9 @@ class Setup:
     store_for: Callable[[int], dict[str, Any]] | None
     generation_began: Callable[[int], None]
     uses_store: bool
+    grace_s: float
+    preempt_signals: tuple[int, ...]
+    is_guarded: bool
 
 
 class Supervisor:
@@ -134,6 +147,16 @@ class Supervisor:
         self._incident: Incident | None = None
         self._furthest = 0
         self._watcher = Watcher(setup.rank, setup.shm_dir, lambda: self._trainers.current, client, events)
+        self._following = "run"  # the order about the present generation that is being followed
+        self._departure = Departure(
+            trainers=self._trainers,
+            is_guarded=setup.is_guarded,
+            shm_dir=setup.shm_dir,
+            grace_s=setup.grace_s,
+            numbers=setup.preempt_signals,
+            events=events,
+            tell=self._tell_notice,
+        )
 
     def run(self, generation: int) -> Ending:
         """Runs generations from `generation` on until the job is done, stopped or told to go.
@@ -159,7 +182,7 @@ class Supervisor:
             if directive["kind"] == "end":
                 self._part_and_kill(directive["reason"], leaving=int(directive.get("leaving", 0)))
                 trainer = self._trainers.current
-                if trainer is not None and trainer.returncode is not None and self._is_leaving(trainer.returncode):
+                if trainer is not None and trainer.returncode is not None and self._ends_with(trainer):
                     return self._leave(trainer, self._trainers.cause_of(trainer))
                 generation = int(directive["generation"]) + 1
             elif directive["kind"] == "stop":
@@ -179,8 +202,8 @@ class Supervisor:
 
     @property
     def was_preempted(self) -> bool:
-        """Whether SIGTERM reached this supervisor."""
-        return signal.SIGTERM in self._signals
+        """Whether the job was told to go."""
+        return self._departure.has_begun
 
     @property
     def _leaving_by(self) -> int | None:
@@ -206,14 +229,20 @@ class Supervisor:
 
     def _run_generation(self, generation: int, directive: dict[str, Any]) -> Ending | None:
         """Forks the trainer and waits until it is over; None when the next directive says how to go on."""
+        self._departure.is_flushing = bool((directive.get("plan") or {}).get("flush"))
         trainer = self._fork(generation, directive)
+        self._following = "run"
         self._poller.ask(generation, after="run")
         if self._setup.store_for is not None:
             self._setup.store_for(generation + 1)
         self._setup.generation_began(generation)
         self._finish_incident(trainer)
-        self._wait(lambda: trainer.returncode is not None or self._directive is not None)
-        if trainer.returncode is None:
+        self._wait(
+            lambda: trainer.returncode is not None or self._directive is not None or self._departure.must_cut_short
+        )
+        if trainer.returncode is None and self._directive is None:
+            self._cut_short(trainer)
+        if trainer.returncode is None or trainer.killed_by_us:
             return None
         return self._after_exit(trainer)
 
@@ -243,8 +272,13 @@ class Supervisor:
         """Reports a trainer that ended by itself; an Ending when this is also the end of the supervisor."""
         assert trainer.returncode is not None and trainer.exited_at is not None
         cause = self._trainers.cause_of(trainer)
-        if self._is_leaving(trainer.returncode):
+        if trainer.returncode < 0 and self._departure.is_notice(-trainer.returncode):
+            self._departure.begin(f"its trainer was ended by {process.signal_name(-trainer.returncode)}")
+        if self._ends_with(trainer):
             return self._leave(trainer, cause)
+        if self._departure.has_begun and cause.kind != "finished" and self._directive is None:
+            self._report_departed(trainer, cause)
+            return None
         if cause.is_echo and self._wait(lambda: self._directive is not None, timeout_s=_ECHO_WAIT_S):
             return None  # the peer's own supervisor said what happened, and the generation is over
         if self._directive is not None:
@@ -265,6 +299,23 @@ class Supervisor:
             self._insist(lambda: self._client.died(**self._death(trainer, cause, step)))
             logger.warning("%s", self._incident.first_line(trainer.pid))
         return None
+
+    def _cut_short(self, trainer: Trainer) -> None:
+        """Ends a trainer that did not leave in time, and with it the generation."""
+        logger.warning(
+            "generation %d: the trainer (step %s) did not save in time; it is ended, and what memory holds is saved",
+            trainer.generation,
+            self._trainers.last_step(trainer),
+        )
+        self._trainers.kill()
+        self._await_clean(trainer)
+        self._report_departed(trainer, causes.Cause(kind="overdue", returncode=-int(signal.SIGKILL)))
+
+    def _report_departed(self, trainer: Trainer, cause: causes.Cause) -> None:
+        """Tells of a trainer that ended, after a notice, without having saved; what follows is the coordinator's."""
+        if cause.returncode != ExitCode.PREEMPTED:
+            logger.warning("generation %d: the trainer ended without a last checkpoint: %s", trainer.generation, cause)
+        self._insist(lambda: self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer))))
 
     def _count_long_run(self, trainer: Trainer, step: int | None) -> None:
         """Lets a long run of a script that keeps its own checkpoints count as progress.
@@ -308,12 +359,19 @@ class Supervisor:
                 if waited_s >= _LAUNCHER_SIGNAL_S and self._leaving_by is None and not told:
                     self._trainers.forward(leaving)
                     told = True
-            if self._leaving_by is not None:
-                limit_s = _PARTING_LIMIT_S  # it is leaving by itself, with its state
+            if phase in _ENDS_BY_ITSELF and (leaving or self._leaving_by is not None):
+                limit_s = _PARTING_LIMIT_S
+            if self._departure.is_flushing:
+                limit_s = 0.0
             if waited_s >= limit_s:
                 self._trainers.kill()
                 break
             self._wait(lambda: trainer.returncode is not None, timeout_s=_PARTING_POLL_S)
+        self._await_clean(trainer)
+        logger.debug("generation %d ended here: %s", trainer.generation, reason)
+
+    def _await_clean(self, trainer: Trainer) -> None:
+        """Waits until a trainer that was killed, and all that it had started, is gone."""
         if not self._wait(lambda: trainer.clean, timeout_s=_KILL_LIMIT_S):
             raise InfrastructureError(
                 f"rank {self._setup.rank}: trainer {trainer.pid} of generation {trainer.generation} does not die, "
@@ -322,7 +380,6 @@ class Supervisor:
                 rank=self._setup.rank,
                 pid=trainer.pid,
             )
-        logger.debug("generation %d ended here: %s", trainer.generation, reason)
 
     def _finish_incident(self, trainer: Trainer) -> None:
         incident = self._incident
@@ -343,6 +400,11 @@ class Supervisor:
             self._wait(lambda: -returncode in self._signals, timeout_s=_SIGNAL_RACE_S)
         return self._leaving_by is not None or -returncode in self._signals
 
+    def _ends_with(self, trainer: Trainer) -> bool:
+        """Whether the end of this trainer is that of its supervisor, because it was told to go and nothing is left."""
+        assert trainer.returncode is not None
+        return self._is_leaving(trainer.returncode) and not self._departure.holds(trainer)
+
     def _leave(self, trainer: Trainer, cause: causes.Cause) -> Ending:
         """Ends as the trainer ended, after telling the coordinator, which tells ranks that were not signalled."""
         assert trainer.returncode is not None
@@ -357,6 +419,8 @@ class Supervisor:
                 self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer)))
                 if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
+        if self._departure.is_notice(-trainer.returncode) and self._departure.costs_nothing(trainer):
+            return Ending(int(ExitCode.PREEMPTED))
         return Ending(trainer.returncode)
 
     def _conclude_preemption(self, generation: int) -> None:
@@ -405,14 +469,18 @@ class Supervisor:
         trainer = self._trainers.current
         if trainer is not None and trainer.returncode == 0:
             return {"kind": "done"}
-        return {"kind": "stop", "exit_code": -self._leaving_by, "reason": "told to end while nothing ran"}
+        is_free = self._departure.is_notice(self._leaving_by) and self._departure.costs_nothing(trainer)
+        code = int(ExitCode.PREEMPTED) if is_free else -self._leaving_by
+        return {"kind": "stop", "exit_code": code, "reason": "told to end while nothing ran"}
 
     def _leaving_without_trainer(self) -> bool:
-        return self._leaving_by is not None and self._trainers.gone
+        if self._leaving_by is None or not self._trainers.gone:
+            return False
+        return not self._departure.holds(self._trainers.current)
 
     def _take_directive(self, generation: int) -> dict[str, Any]:
         directive, self._directive = self._directive, None
-        return directive if directive is not None else self._await_directive(generation, after="run")
+        return directive if directive is not None else self._await_directive(generation, after=self._following)
 
     def _insist(self, call: Callable[[], Any]) -> None:
         """Makes a call that must reach the coordinator; asks again until it does or is lost for too long."""
@@ -458,7 +526,7 @@ class Supervisor:
             case Directed(directive=directive):
                 self._coordinator_lost_at = None
                 self._poller.answered()
-                self._directive = directive
+                self._take_order(directive)
             case CoordinatorLost(error=error):
                 self._coordinator_lost_at = self._coordinator_lost_at or time.monotonic()
                 self._coordinator_error = error
@@ -468,13 +536,39 @@ class Supervisor:
                 self._take_signal(number)
             case Condemned(generation=generation, reason=reason):
                 self._trainers.end_hang(generation, reason)
+            case Noticed(reason=reason):
+                self._departure.begin(reason)
+            case Unsignalled():
+                self._signal_script()
+            case GraceEnds():
+                self._departure.is_overdue = True
             case Failed(error=error):
                 raise error
 
+    def _take_order(self, directive: dict[str, Any]) -> None:
+        """Keeps a directive for the main loop; LEAVE is obeyed here, because the generation goes on."""
+        if directive["kind"] != "leave":
+            self._directive = directive
+            return
+        self._departure.begin(str(directive["reason"]), is_known=True)
+        self._following = "leave"
+        self._poller.ask(int(directive["generation"]), after="leave")
+
     def _take_signal(self, number: int) -> None:
-        """Hands a signal on to the trainer; SIGTERM is also told to the coordinator, so that all ranks know."""
+        """Hands a signal on to the trainer; one that is a notice is told to the coordinator, so that all ranks know."""
         self._signals.append(number)
-        self._trainers.forward(number)
-        if number == signal.SIGTERM:
-            with self._tolerating_coordinator("the preemption was not reported"):
-                self._client.preempt(rank=self._setup.rank)
+        if not self._departure.is_flushing:  # the process that saves what memory holds knows no handler
+            self._trainers.forward(number)
+        self._departure.heard(number)
+        if self._departure.is_at_once and self._departure.is_flushing:
+            self._trainers.kill()
+
+    def _tell_notice(self) -> None:
+        with self._tolerating_coordinator("the preemption was not reported"):
+            self._client.preempt(rank=self._setup.rank)
+
+    def _signal_script(self) -> None:
+        """A script without a loop of ours does not see the word of the notice; it gets what it would under torchrun."""
+        has_signal = self._leaving_by is not None or any(map(self._departure.is_notice, self._signals))
+        if not has_signal and not self._departure.is_flushing and self._trainers.phase() is layout.Phase.NONE:
+            self._trainers.forward(signal.SIGTERM)

@@ -149,6 +149,10 @@ class _Zygote:
 
     def run(self) -> Trainer | None:
         self._old_mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS))
+        for number in FORWARDED_SIGNALS:
+            # What the launcher does until the supervisor is there is not for trainers.
+            if number != signal.SIGINT and callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
         process.adopt_orphans()
         for descriptor in (self._wake_read, self._wake_write):
             os.set_blocking(descriptor, False)
