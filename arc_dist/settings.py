@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 from arc_dist.errors import ConfigError
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
 from arc_dist.protocol.healing import HealingPolicy
 from arc_dist.snapshot.form import Form
+
+
+class OnWorldChange(enum.Enum):
+    """What to do about a checkpoint that another number of ranks wrote."""
+
+    EXACT = "exact"
+    ERROR = "error"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class Settings:
         loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
         reduce_loss_every: updates between two judgements of the loss averaged over ranks.
         vote_timeout_s: how long a rank waits for the vote of the others, in seconds.
+        on_world_change: what to do when the newest checkpoint was written by another number of ranks. "exact": go on
+            with the same samples in every step, or stop where that cannot be; "error": stop.
     """
 
     max_grad_norm: float | None = None
@@ -58,6 +68,7 @@ class Settings:
     grad_explosion_factor: float = 50.0
     reduce_loss_every: int = 8
     vote_timeout_s: float = 300.0
+    on_world_change: str = OnWorldChange.EXACT.value
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "certify_after", "reduce_loss_every"):
@@ -84,6 +95,8 @@ class Settings:
         )
         _require("save_timeout_s", self.save_timeout_s, self.save_timeout_s > 0, "above 0")
         _require("vote_timeout_s", self.vote_timeout_s, self.vote_timeout_s > 0, "above 0")
+        choices = [choice.value for choice in OnWorldChange]
+        _require("on_world_change", self.on_world_change, self.on_world_change in choices, f"one of {choices}")
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)
         _require("ignore", self.ignore, not unknown, f"flag names; unknown: {unknown}; known: {sorted(known)}")
