@@ -172,6 +172,10 @@ class Supervisor:
             self._trainers.kill()
             self._wait(lambda: self._trainers.clean, timeout_s=_FAREWELL_LIMIT_S)
 
+    def await_own_signal(self, timeout_s: float) -> bool:
+        """Waits until SIGTERM has reached this supervisor too; True when it has."""
+        return self._wait(lambda: self.was_preempted, timeout_s=timeout_s)
+
     @property
     def was_preempted(self) -> bool:
         """Whether SIGTERM reached this supervisor."""

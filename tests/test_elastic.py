@@ -1,0 +1,115 @@
+"""A world that changes size: whatever the ranks in between, each step is made of the samples it always was."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from elastic_job import Plan, live, skipped_turns, timeline
+
+UNTIL = 24
+
+
+def results(out: Path, life: int, ranks: int) -> list[dict]:
+    return [json.loads((out / f"result-{life}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "worlds"),
+    [
+        (Plan(kind="ddp"), [4, 2, 3, 1, 4]),
+        (Plan(kind="fsdp"), [4, 3, 1, 2, 4]),
+        (Plan(kind="ddp", ranks=1, accumulate=4, workers=2), [1, 4, 2]),
+        (Plan(kind="fsdp", ranks=2, accumulate=1, batch_size=4, sampler="distributed"), [2, 1, 2]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else f"{value.kind}-{value.sampler}",
+)
+def test_orderly_changes_of_world_keep_the_samples_of_every_step(tmp_path, plan, worlds):
+    ends = [4 * (life + 1) + life % 2 for life in range(len(worlds))]
+    for life, (ranks, until) in enumerate(zip(worlds, ends, strict=True)):
+        done = live(plan, tmp_path, life=life, ranks=ranks, until=until, supervised=False)
+        assert done.exit_code == 0, done
+        begin = ends[life - 1] if life else 0
+        assert results(tmp_path, life, ranks)[0]["steps"] == [[n, "apply"] for n in range(begin + 1, until + 1)], done
+    seen = timeline(tmp_path, until=ends[-1])
+    assert skipped_turns(plan, seen, until=ends[-1]) == []
+    assert {seen.worlds[end] for end in ends} == set(worlds)
+
+
+def sequence(seed: int) -> tuple[Plan, list[dict]]:
+    """A random life of a job: worlds, and in each a fault or an orderly end."""
+    rng = random.Random(seed)
+    kind = ("ddp", "fsdp")[seed % 2]
+    ranks, accumulate = rng.choice([(4, 3), (2, 6), (3, 4), (1, 12)])
+    plan = Plan(
+        kind=kind, ranks=ranks, accumulate=accumulate, batch_size=rng.choice([1, 2]), workers=rng.choice([0, 0, 1]),
+        samples=rng.choice([61, 100, 128]), sampler=rng.choice(["seeded", "distributed"]),
+    )  # fmt: skip
+    lives, begin = [], 0
+    while begin < UNTIL:
+        world = rng.choice([1, 2, 3, 4]) if lives else ranks
+        victim = str(rng.randrange(world))
+        at = begin + rng.randrange(2, 7)
+        last = at >= UNTIL - 2
+        fault = rng.choice(["kills", "nans", "end", "restart"]) if not last else "restart"
+        life: dict = {"ranks": world, "until": UNTIL if last else at + 3, "supervised": fault == "restart"}
+        if fault == "restart":
+            life["kills"] = {victim: min(at, UNTIL - 1)}
+        elif fault != "end":
+            life[fault] = {victim: at}
+        lives.append(life)
+        # A killed job goes on from its newest checkpoint, at most `checkpoint_every` steps (and those in flight) back.
+        begin = UNTIL if last else max(begin + 1, at - plan.checkpoint_every) if fault == "kills" else at + 3
+    return plan, lives
+
+
+def run_sequence(out: Path, seed: int) -> None:
+    plan, lives = sequence(seed)
+    skips = 0
+    for number, life in enumerate(lives):
+        done = live(plan, out, life=number, **life)
+        fired = [
+            out / f"{what}-{number}-{rank}-{at}"
+            for what in ("kills", "nans")
+            for rank, at in life.get(what, {}).items()
+        ]
+        reached = [marker.exists() for marker in fired]
+        if "kills" in life and not life["supervised"]:
+            assert done.exit_code != 0 or not all(reached), done
+        else:
+            assert done.exit_code == 0, done
+        assert all(reached) or done.exit_code == 0, (life, done)
+        skips += sum(out.joinpath(f"nans-{number}-{rank}-{at}").exists() for rank, at in life.get("nans", {}).items())
+    seen = timeline(out, until=UNTIL)
+    skipped = skipped_turns(plan, seen, until=UNTIL)
+    assert len(skipped) <= skips, (skipped, skips, lives)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(5))
+def test_random_worlds_and_faults_use_every_sample_once(tmp_path, seed):
+    run_sequence(tmp_path, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(5, 35))
+def test_more_random_worlds_and_faults(tmp_path, seed):
+    run_sequence(tmp_path, seed)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_restart_within_the_new_world_changes_no_bit(tmp_path, kind):
+    plan = Plan(kind=kind, ranks=4, accumulate=1, workers=1)
+    digests = []
+    for name, ends in (("through", [6, 14]), ("restarted", [6, 10, 14])):
+        out = tmp_path / name
+        out.mkdir()
+        for life, until in enumerate(ends):
+            done = live(plan, out, life=life, ranks=4 if life == 0 else 2, until=until, supervised=False)
+            assert done.exit_code == 0, done
+        digests.append([result["digest"] for result in results(out, len(ends) - 1, 2)])
+    assert digests[0] == digests[1]
