@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from arc_dist import Arc, ArcError, ConfigError, DataNotReproducible, StoreError
 from arc_dist.errors import CheckpointMismatch, StoreCorrupt
-from ranks import rank_outcomes, run_job, run_ranks
+from ranks import run_job, run_ranks
 from toy import Net, Noise, Toy, guarded
 
 TOY_SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")

@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
-from elastic_job import Plan, live, skipped_turns, timeline
+from arc_dist import Arc
+from elastic_job import Plan, build_loader, live, skipped_turns, timeline
+from ranks import run_ranks
 
 UNTIL = 24
 
@@ -113,3 +123,39 @@ def test_a_restart_within_the_new_world_changes_no_bit(tmp_path, kind):
             assert done.exit_code == 0, done
         digests.append([result["digest"] for result in results(out, len(ends) - 1, 2)])
     assert digests[0] == digests[1]
+
+
+def trained_body(rank, world_size, kind, store, until):
+    """A model without dropout, whose gradient is a function of the samples alone; all of it, on every rank."""
+    torch.manual_seed(3)
+    model: Any = nn.Sequential(nn.Linear(16, 33), nn.Tanh(), nn.Linear(33, 4))
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = LambdaLR(optimizer, lambda step: 1.0 / (1 + step / 7))
+    arc = Arc(model, optimizer, scheduler=scheduler, accumulate=3, store=store, max_grad_norm=0.5)
+    norms = [
+        step.grad_norm
+        for step in arc.train(
+            lambda batch: nn.functional.mse_loss(model(batch[0]), batch[1]), build_loader(Plan()), steps=until
+        )
+    ]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return norms, [p.detach().tolist() for p in whole], optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_and_rates_are_those_of_the_world_that_was(tmp_path, kind):
+    norms, weights, rate = run_ranks(2, trained_body, kind, str(tmp_path / "same"), 12, timeout_s=300)[0]
+    seen: list[float] = []
+    for ranks, until in ((2, 4), (3, 8), (1, 12)):
+        changed = run_ranks(ranks, trained_body, kind, str(tmp_path / "other"), until, timeout_s=300)
+        seen += changed[0][0]
+        assert all(theirs[1] == changed[0][1] for theirs in changed)
+    assert seen == pytest.approx(norms, rel=1e-4)
+    assert seen[:4] == norms[:4]
+    assert changed[0][2] == rate
+    for mine, theirs in zip(changed[0][1], weights, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-3, atol=1e-5)

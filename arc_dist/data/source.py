@@ -382,6 +382,7 @@ class BatchSource:
                 raise
             share, target = settle_loosely(self._given, target, self._world, error)
         if share != self._share:
+            logger.info("data: %s", share)
             self._share = share
             self._view = self._given if share.is_plain else CellView(self._given.loader, share)
             self._length = self._view.length

@@ -68,6 +68,13 @@ class Share:
         """Whether the loader gives this rank's batches as it is."""
         return self.since == 0 and self.ranks == self.origin.ranks
 
+    def __str__(self) -> str:
+        origin = self.origin
+        return (
+            f"the run began with {origin.ranks} ranks, each with {origin.accumulate} micro-batches per update; since "
+            f"turn {self.since} it is {self.ranks} ranks, each with {self.accumulate}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """What a position says of it: the same on all ranks."""
         return {
@@ -177,7 +184,7 @@ def settle(view: LoaderView, position: Position, world: World, *, epochs: int | 
         # A position of a version that knew of no worlds is one of this world: `restore` has seen to that.
         return plain, position
     _require_division(recorded.origin, world)
-    now = _same_order(recorded, plain, position)
+    _require_same_order(recorded, plain, position)
     _require_micro_batches(recorded, plain, world)
     share = dataclasses.replace(recorded, ranks=world.ranks)
     if epochs is not None and not share.origin.shares_the_last_turn(world.ranks, total_batches=epochs * share.batches):
@@ -198,11 +205,6 @@ def settle(view: LoaderView, position: Position, world: World, *, epochs: int | 
     _recognise(view, recorded, position, rank=world.rank % recorded.ranks)
     share = dataclasses.replace(share, since=turn)
     skipped = {ordinal // recorded.accumulate for ordinal in position.skipped}
-    logger.info(
-        "data: the run began with %d ranks, each %d micro-batches per update; %d ranks go on, each with %d, after %d "
-        "steps' worth of samples (%s)",
-        share.origin.ranks, share.origin.accumulate, world.ranks, share.accumulate, turn, now.sampler,
-    )  # fmt: skip
     return share, Position(
         ordinal=turn * share.accumulate,
         epoch=turn * share.origin.accumulate // share.batches,
@@ -244,8 +246,8 @@ def _require_division(origin: Origin, world: World) -> None:
         )
 
 
-def _same_order(recorded: Share, plain: Share, position: Position) -> Order:
-    """The present loader's order, which must be that of the position but for the batch size."""
+def _require_same_order(recorded: Share, plain: Share, position: Position) -> None:
+    """The present loader's order must be that of the position, but for the batch size."""
     for share, when in ((recorded, "when the checkpoint was written"), (plain, "now")):
         if not isinstance(share.order, Order):
             raise DataNotReproducible(
@@ -264,7 +266,6 @@ def _same_order(recorded: Share, plain: Share, position: Position) -> Order:
             epoch=position.epoch,
             index=position.index,
         )
-    return plain.order
 
 
 def _require_micro_batches(recorded: Share, plain: Share, world: World) -> None:
