@@ -22,6 +22,7 @@ from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
 from arc_dist.connect import connect
 from arc_dist.data.source import ENDLESS, BatchSource
+from arc_dist.data.world import World
 from arc_dist.errors import ArcError, ConfigError, PeerLost
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter, agree, require_equal_settings
@@ -50,10 +51,12 @@ class Resumed:
     Attributes:
         step: updates that the restored state contains.
         tier: "memory" or "checkpoint".
+        ranks: how many ranks saved it.
     """
 
     step: int
     tier: str
+    ranks: int = 1
 
 
 class Engine:
@@ -86,6 +89,7 @@ class Engine:
         self._step_times: list[float] = []
         self._last_step_at = 0.0
         self.must_agree_on_data = False
+        self.accumulate = settings.accumulate  # micro-batches per rank and update in this world
         self.started = False
         self._rng: RngState | None = None
         self.owner = ""
@@ -234,6 +238,7 @@ class Engine:
             if data is not None and found.small["data"] is not None:
                 position = found.small["data"]
                 agree(self.voter, lambda: data.resume(position), "the data cannot be resumed")
+                self.accumulate = data.accumulate
                 if warm_up is not None and self._needs_warm_up(found.step):
                     if data.sample is not None:
                         warm_up(data.sample)
@@ -246,7 +251,7 @@ class Engine:
             elif self._checkpointer is not None:
                 self.guard.protection.is_stored = True
                 self._checkpointer.committed.append(found.step)
-            self.resumed = Resumed(found.step, found.tier)
+            self.resumed = Resumed(found.step, found.tier, found.ranks)
             logger.info("continuing after step %d, restored from %s", found.step, found.tier)
         self.guard.watch.begin(self.guard.step)
         if self._drainer is not None:
@@ -301,7 +306,8 @@ class Engine:
         self.must_agree_on_data = self.world_size > 1 and length is None
         # The loop counts updates; how many batches they need is not known, since some are dropped on the way.
         endless = steps is not None and epochs is None
-        return BatchSource(loader, epochs=epochs, steps=ENDLESS if endless else None, exact=exact)
+        world = World(self.rank, self.world_size, self.settings.accumulate)
+        return BatchSource(loader, epochs=epochs, steps=ENDLESS if endless else None, exact=exact, world=world)
 
     def trained_parameters(self) -> list[torch.Tensor]:
         """All parameters of all optimizers, each once, in the models' order.

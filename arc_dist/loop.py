@@ -173,7 +173,7 @@ class GuardedLoop:
         # The next boundary's snapshot wants to recognise the batch before it; the others need not be recognisable.
         source.begin_step(recognisable=guard.step + 1 >= guard.protection.quiet_until)
         try:
-            for _ in range(self._settings.accumulate):
+            for _ in range(self._engine.accumulate):
                 batches.append(source.next())
         except StopIteration:
             pass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arc_dist import errors
+from arc_dist import elastic, errors
 from arc_dist.checkpoint_store.codec import decode
 from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.checkpoint_store.progress import Progress
@@ -39,13 +39,14 @@ class Found:
     specs: Sequence[TensorSpec]
     tensors: Sequence[torch.Tensor]
     small: dict[str, Any]
+    ranks: int  # that saved it
 
 
 def find(engine: Engine) -> Found | None:
     """The newest state that every rank can have, or None for a fresh start. Every rank must call this; it blocks.
 
     Raises:
-        CheckpointMismatch: the newest checkpoint belongs to another model or world.
+        CheckpointMismatch: the newest checkpoint belongs to another model, or to a world that may not be left.
         StoreCorrupt: there are committed checkpoints, and not one can be read whole.
         InfrastructureError: memory was to be restored, and neither it nor a store has a whole state.
     """
@@ -71,7 +72,7 @@ def _older_in_memory(engine: Engine, *, below: int) -> Found | None:
 
         def attempt(step: int = step) -> Found:
             slot = next(info.slot for info in engine.ring.held() if info.step == step and info.certified)
-            return Found(step, "memory", *engine.ring.restore(slot))
+            return Found(step, "memory", *engine.ring.restore(slot), ranks=engine.world_size)
 
         found = _try_everywhere(engine, attempt, f"step {step} in memory")
         if found is not None:
@@ -110,7 +111,8 @@ def _try_everywhere(engine: Engine, attempt: Callable[[], Found], what: str) -> 
 
 def _planned(engine: Engine, plan: dict[str, Any]) -> Found:
     assert engine.env.shm_dir is not None
-    return Found(plan["step"], "memory", *from_memory(plan, engine.rank, engine.env.shm_dir, own=engine.ring.restore))
+    snapshot = from_memory(plan, engine.rank, engine.env.shm_dir, own=engine.ring.restore)
+    return Found(plan["step"], "memory", snapshot.specs, snapshot.tensors, snapshot.small, engine.world_size)
 
 
 def from_memory(plan: dict[str, Any], rank: int, directory: Path, *, own: Callable[[int], Snapshot]) -> Snapshot:
@@ -146,14 +148,9 @@ def _from_store(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]
     if not listed and not damaged:
         return None
     for step, world_size in sorted(listed, reverse=True):
-        if world_size != engine.world_size:
-            raise CheckpointMismatch(
-                f"the checkpoint of step {step} in {store.url} was saved by {world_size} ranks, this job has "
-                f"{engine.world_size}. Going on exactly (data order, RNG) needs the same number of ranks: start "
-                f"{world_size}, or load the weights alone with torch.distributed.checkpoint and its "
-                "HuggingFaceStorageReader, which reshards them, and give a new run name (Arc(run=...)).",
-                step=step,
-            )
+        elastic.require_allowed(
+            engine.settings, step=step, url=store.url, saved_ranks=world_size, ranks=engine.world_size
+        )
         found = _try_everywhere(engine, lambda step=step: _read(engine, store, step), f"the checkpoint of step {step}")
         if found is not None:
             return found
@@ -201,7 +198,9 @@ def _read(engine: Engine, store: Tiers, step: int) -> Found:
     wanted = [live.get(name) or _like_its_parameter(spec, live) for name, spec in checkpoint.specs().items()]
     with Progress(f"reading the checkpoint of step {step}", sum(spec.nbytes for spec in wanted)) as progress:
         tensors = checkpoint.read(wanted, progress=progress if engine.rank == 0 else None)
-    objects = decode(checkpoint.objects(engine.rank))
+    saved_ranks = checkpoint.world_size
+    objects = decode(checkpoint.objects(elastic.source_rank(engine.rank, saved_ranks)))
+    objects = elastic.take_over(objects, step=step, rank=engine.rank, ranks=engine.world_size, saved_ranks=saved_ranks)
     for problem in checkpoint.damage:
         logger.warning(
             "rank %d took from another copy what is wrong in %s: %s", engine.rank, problem.file, problem.what
@@ -216,7 +215,7 @@ def _read(engine: Engine, store: Tiers, step: int) -> Found:
             seen_after="before use",
             action="read from another tier",
         )
-    return Found(step, "checkpoint", wanted, tensors, objects)
+    return Found(step, "checkpoint", wanted, tensors, objects, saved_ranks)
 
 
 def _like_its_parameter(spec: TensorSpec, live: dict[str, TensorSpec]) -> TensorSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from typing import Any
 
@@ -11,6 +12,13 @@ from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
 from arc_dist.protocol.hangs import HangPolicy
 from arc_dist.protocol.healing import HealingPolicy
 from arc_dist.snapshot.form import Form
+
+
+class OnWorldChange(enum.Enum):
+    """What to do about a checkpoint that another number of ranks wrote."""
+
+    EXACT = "exact"
+    ERROR = "error"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,8 @@ class Settings:
         hang_unseen_s: the limit of what is not learned: the start, the first steps, the loop's body, a section of the
             script's own that is entered first.
         straggler_factor: own work of a rank that is reported as slow / the median of all ranks'; 0 compares nothing.
+        on_world_change: what to do when the newest checkpoint was written by another number of ranks. "exact": go on
+            with the same samples in every step, or stop where that cannot be; "error": stop.
     """
 
     max_grad_norm: float | None = None
@@ -71,6 +81,7 @@ class Settings:
     hang_deadline_s: float | None = None
     hang_unseen_s: float = 1800.0
     straggler_factor: float = 1.5
+    on_world_change: str = OnWorldChange.EXACT.value
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "certify_after", "reduce_loss_every"):
@@ -104,6 +115,8 @@ class Settings:
             _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "above 0")
         value = self.hang_deadline_s
         _require("hang_deadline_s", value, value is None or 0 <= value < math.inf, "0 or more, or None")
+        choices = [choice.value for choice in OnWorldChange]
+        _require("on_world_change", self.on_world_change, self.on_world_change in choices, f"one of {choices}")
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)
         _require("ignore", self.ignore, not unknown, f"flag names; unknown: {unknown}; known: {sorted(known)}")

@@ -206,4 +206,8 @@ def test_endings_are_read_in_the_order_in_which_they_came(tmp_path: Path) -> Non
     assert endings.read(tmp_path) == [75, 3]
     assert endings.verdict(str(tmp_path)) == 3
     assert endings.verdict(str(tmp_path / "gone")) is None
+    endings.begin(str(tmp_path), "1")  # a new supervisor in that place
+    endings.begin(str(tmp_path), "2")
+    endings.begin(None, "0")
+    assert endings.read(tmp_path) == [3]
     assert os.listdir(tmp_path) != []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from typing import Any
@@ -285,6 +286,13 @@ def test_a_job_that_was_over_begins_anew_and_keeps_its_poison(end: tuple[Any, ..
     assert (again.phase, again.ledger.restarts, again.ledger.seen) == (Phase.STARTING, 0, ())
     assert again.generation == again.first == state.generation + 1
     assert again.known.poison == (poison,)
+
+
+@pytest.mark.parametrize("state", [Job(), RUNNING, ENDING, dataclasses.replace(RUNNING, finished=frozenset({1}))])
+def test_a_journal_of_another_world_begins_anew(state: Job):
+    again = revive(JobConfig(world_size=1), {**durable(state), "world_size": CONFIG.world_size}, 3.0)
+    assert (again.phase, again.members, again.finished, again.plan) == (Phase.STARTING, {}, frozenset(), None)
+    assert again.generation == again.first == state.generation + 1
 
 
 def test_the_table_says_something_about_every_event_while_the_job_lives():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from arc_dist.snapshot.rng import capture_rng, pack_rng, restore_rng, unpack_rng
+from arc_dist.snapshot.rng import capture_rng, derive_rng, pack_rng, restore_rng, unpack_rng
 from ranks import run_ranks
 
 # Each draws from one generator; Gaussians come in pairs, of which the second waits in the state.
@@ -125,3 +125,18 @@ def test_numpy_is_neither_imported_nor_asked_where_nobody_uses_it() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False None False"
+
+
+def test_a_derived_point_is_a_function_of_point_and_name_and_moves_nothing_here() -> None:
+    base = pack_rng(capture_rng())
+    one, again, other = derive_rng(base, "rank 4"), derive_rng(base, "rank 4"), derive_rng(base, "rank 5")
+    assert pack_rng(capture_rng()) == base
+    assert one == again
+    random.random()
+    torch.rand(1)
+    assert derive_rng(base, "rank 4") == one, "it does not depend on where this process is"
+    draws = []
+    for point in (base, one, other):
+        restore_rng(point)
+        draws.append(draw())
+    assert all(len({str(drawn) for drawn in way}) == 3 for way in zip(*draws, strict=True)), draws

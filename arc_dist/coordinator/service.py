@@ -369,7 +369,7 @@ class Coordinator:
         if self._journal is None:
             return
         try:
-            self._journal.append({**durable(job), "store": self._store})
+            self._journal.append({**durable(job), "world_size": self._config.world_size, "store": self._store})
             self._journal_error = None
         except StoreError as error:
             if self._journal_error is None:

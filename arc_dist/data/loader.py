@@ -38,9 +38,14 @@ class LoaderView:
     Args:
         loader: what the user passed.
 
+    Attributes:
+        has_empty_epochs: an epoch without any batch is no mistake.
+
     Raises:
         ConfigError: it cannot be iterated over.
     """
+
+    has_empty_epochs = False
 
     def __init__(self, loader: Iterable[Any]) -> None:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
@@ -111,12 +116,12 @@ class LoaderView:
             if self.is_plain_map and self.num_workers > 0:
                 witness = Witness()
                 fields = vars(self.loader)
-                stack.enter_context(_replaced(fields, "collate_fn", witness.collate(fields["collate_fn"])))
-                stack.enter_context(_replaced(fields, "worker_init_fn", witness.init(fields["worker_init_fn"])))
+                stack.enter_context(replaced(fields, "collate_fn", witness.collate(fields["collate_fn"])))
+                stack.enter_context(replaced(fields, "worker_init_fn", witness.init(fields["worker_init_fn"])))
             if since:
                 fields = vars(self.loader)
                 name = "sampler" if fields["batch_sampler"] is None else "batch_sampler"
-                stack.enter_context(_replaced(fields, name, _Skipping(fields[name], set(wanted), since)))
+                stack.enter_context(replaced(fields, name, _Skipping(fields[name], set(wanted), since)))
             return iter(self.loader), witness
 
     @property
@@ -215,7 +220,7 @@ class _Skipping:
 
 
 @contextlib.contextmanager
-def _replaced(fields: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+def replaced(fields: dict[str, Any], name: str, value: Any) -> Iterator[None]:
     """For the moment in which an iterator is made; DataLoader forbids ordinary assignment to its samplers."""
     old, fields[name] = fields[name], value
     try:

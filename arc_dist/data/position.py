@@ -18,7 +18,7 @@ from typing import Any
 from arc_dist.checkpoint_store.codec import decode, encode
 from arc_dist.errors import ConfigError, DataNotReproducible
 
-_VERSION = 1
+_VERSION = 2  # 2: says of which world it is
 _MARK = struct.Struct("<4sQQQ")
 _MARK_MAGIC = b"arc1"
 
@@ -63,6 +63,8 @@ class Position:
         length: batches per epoch, if the loader says it.
         batch_size: samples per batch, if the loader says it.
         skipped: ordinals that are never given again.
+        world: of how many ranks it is a position, and of which order of samples (see `data.world.Share`); None in
+            positions of version 1.
     """
 
     ordinal: int = 0
@@ -77,6 +79,7 @@ class Position:
     length: int | None = None
     batch_size: int | None = None
     skipped: tuple[int, ...] = ()
+    world: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that the state codec can encode (the anchor's state, if the loader's own values allow)."""
@@ -85,6 +88,7 @@ class Position:
         fields["anchor"] = None if self.anchor is None else [self.anchor.index, self.anchor.state]
         fields["generators"] = dict(self.generators)
         fields["skipped"] = list(self.skipped)
+        fields["world"] = None if self.world is None else dict(self.world)
         return {"version": _VERSION, **fields}
 
     @staticmethod

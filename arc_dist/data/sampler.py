@@ -81,6 +81,11 @@ class SeededSampler(Sampler[int]):
             raise ConfigError(f"SeededSampler: position {position} is outside of an epoch of {self.length} samples.")
         self._start = position
 
+    @property
+    def begins_epochs(self) -> bool:
+        """Whether the next iteration starts at the beginning of its epoch, as it does without `start_at`."""
+        return self._start == 0
+
     def order(self) -> torch.Tensor:
         """The indices of the whole dataset in the order of the present epoch: int64, shape (length,)."""
         if not self.shuffle:

@@ -12,7 +12,8 @@ from arc_dist.data.fast_forward import fast_forward
 from arc_dist.data.loader import LoaderView
 from arc_dist.data.position import Anchor, Check, Position, encode_head, pack_mark
 from arc_dist.data.replay import Entry, Epoch, ReplayBuffer
-from arc_dist.errors import ConfigError, DataNotReproducible
+from arc_dist.data.world import CellView, Share, World, settle, settle_loosely
+from arc_dist.errors import CheckpointMismatch, ConfigError, DataNotReproducible
 from arc_dist.snapshot.rng import capture_rng, restore_rng
 from arc_dist.telemetry.log import logger
 
@@ -50,6 +51,7 @@ class BatchSource:
         record_rng: keep the random state around each fetch. False saves a few microseconds per batch and is exact only
             if fetching draws no random numbers in this process.
         exact: refuse to resume where the same batches cannot be had; else warn and go on at the same place.
+        world: the ranks that share the data; this one alone if None.
 
     Attributes:
         sample: between `resume` in mid-epoch and `next`, one of the batches before the position: for a throw-away
@@ -69,12 +71,15 @@ class BatchSource:
         replay_bytes: int = 1 << 30,
         record_rng: bool = True,
         exact: bool = True,
+        world: World | None = None,
     ) -> None:
         for name, value in (("epochs", epochs), ("steps", steps), ("replay_capacity", replay_capacity)):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} is {value!r}. Give a whole number, 0 or more.")
-        self._view = LoaderView(loader)
+        self._given = self._view = LoaderView(loader)
         self._may_draw_here = self._view.may_draw_here
+        self._world = world or World()
+        self._share = Share.of_origin(self._world, self._view)
         self._epochs = 1 if epochs is None and steps is None else epochs
         self._limit = ENDLESS if steps is None else steps
         self._record_rng = record_rng
@@ -148,6 +153,8 @@ class BatchSource:
         Raises:
             ConfigError: the loader has no length, so this is not known in advance.
         """
+        if not self._share.is_plain:
+            return self._share.ends_epoch(batch.ordinal, self._skips, epochs=self._epochs)
         if self._length is None:
             raise ConfigError(
                 f"the end of an epoch is not known in advance: the loader ({self._view.name}) has no len(). Give it "
@@ -222,7 +229,7 @@ class BatchSource:
         number, count = self._epoch_number, self._index
         self._epoch_number += 1
         self._index = 0
-        if count:
+        if count or self._view.has_empty_epochs:
             return
         if number > 0 and isinstance(self._view.loader, Iterator):
             if self._epochs is None:  # `steps` asked for more than there is
@@ -291,6 +298,7 @@ class BatchSource:
                 length=self._length,
                 batch_size=self._view.batch_size,
                 skipped=self.skipped(),
+                world=self._share.to_dict(),
             )
         raise DataNotReproducible(
             f"there is no position before batch {ordinal}: the batch before it is not held any more (the next one is "
@@ -319,6 +327,7 @@ class BatchSource:
             length=self._length,
             batch_size=self._view.batch_size,
             skipped=self.skipped(),
+            world=self._share.to_dict(),
         )
 
     # ------------------------------------------------------------------ going elsewhere
@@ -346,9 +355,10 @@ class BatchSource:
 
         Raises:
             DataNotReproducible: says which batch differs and what to do.
+            CheckpointMismatch: it is of another number of ranks, and this one cannot make the same steps.
             ConfigError: `position` is none.
         """
-        target = Position.from_dict(position)
+        target = self._settle(Position.from_dict(position))
         self._buffer.clear()
         if target.index == 0:
             self._iterator = None
@@ -365,6 +375,21 @@ class BatchSource:
         self._epoch_number = target.epoch
         self._index = target.index
         self._arrive(target)
+
+    def _settle(self, target: Position) -> Position:
+        """The position in the present world, for which the loader is looked at anew."""
+        try:
+            share, target = settle(self._given, target, self._world, epochs=self._epochs)
+        except (CheckpointMismatch, DataNotReproducible) as error:
+            if self._exact:
+                raise
+            share, target = settle_loosely(self._given, target, self._world, error)
+        if share != self._share:
+            logger.info("data: %s", share)
+            self._share = share
+            self._view = self._given if share.is_plain else CellView(self._given.loader, share)
+            self._length = self._view.length
+        return target
 
     def _go_to(self, target: Position) -> None:
         self._iterator = None  # ends its workers before others are started
@@ -425,6 +450,11 @@ class BatchSource:
             raise ConfigError(f"batch {ordinal} cannot be skipped. Ordinals are 0 or more.")
         self._skips |= {ordinal}
         self._count()
+
+    @property
+    def accumulate(self) -> int:
+        """Batches per update, which is what was asked for unless the number of ranks has changed."""
+        return self._share.accumulate
 
     def skipped(self) -> tuple[int, ...]:
         """Ordinals of all batches that are left out, in order."""

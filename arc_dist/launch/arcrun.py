@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """Runs a job on this node and returns its exit code (errors.ExitCode, or the script's own)."""
     arguments = _parse(argv)
+    if not _may_change_size(arguments.nnodes):
+        return int(ExitCode.CONFIGURATION)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,6 +77,20 @@ def run(argv: Sequence[str]) -> int:
         return int(ExitCode.CONFIGURATION)
     finally:
         shutil.rmtree(reports, ignore_errors=True)
+
+
+def _may_change_size(nnodes: str) -> bool:
+    """Prepares for nodes that come and go (``--nnodes=min:max``). False when that is no range, which is said."""
+    fewest, _, most = nnodes.partition(":")
+    most = most or fewest
+    if not (fewest.isdigit() and most.isdigit() and 0 < int(fewest) <= int(most)):
+        print(f"arcrun: --nnodes={nnodes} is neither a number nor MIN:MAX with 0 < MIN <= MAX.", file=sys.stderr)
+        return False
+    if fewest != most:
+        # Else torchrun (2.13) lets ranks meet in a store that it made in its first round; a node that joins later does
+        # not know it and waits for another one, for ever.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    return True
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

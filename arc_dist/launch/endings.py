@@ -19,13 +19,19 @@ VARIABLE = "ARC_ENDINGS_DIR"
 _RETRYABLE = (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE)
 
 
-def leave(directory: str | None, rank: str, returncode: int) -> None:
+def begin(directory: str | None, local_rank: str) -> None:
+    """Forgets how an earlier supervisor of this place ended: torchrun has started another since, as when nodes join."""
+    if directory is not None:
+        (Path(directory) / local_rank).unlink(missing_ok=True)
+
+
+def leave(directory: str | None, local_rank: str, returncode: int) -> None:
     """Notes how this supervisor ends: an exit code, or minus a signal."""
     if directory is None:
         return
     # arcrun falls back to what torchrun saw when the directory is gone.
     with contextlib.suppress(OSError):
-        path = Path(directory) / rank
+        path = Path(directory) / local_rank
         draft = path.with_suffix(".draft")
         draft.write_text(json.dumps({"time": time.time(), "returncode": returncode}))
         draft.rename(path)

@@ -42,6 +42,7 @@ def start() -> Callable[[], NoReturn]:
         verdict = endings.verdict(endings.directory_from_environ())
         if verdict is not None:
             _leave(verdict)
+    endings.begin(endings.directory_from_environ(), _local_rank())
     try:
         options.target.check()
         os.environ.update(options.environ)
@@ -51,7 +52,7 @@ def start() -> Callable[[], NoReturn]:
         membership = Membership.read(os.environ)
         _preload(options)
     except ArcError as error:
-        _fail(error, says=os.environ.get("LOCAL_RANK", "0") == "0")
+        _fail(error, says=_local_rank() == "0")
     forked = zygote.fork_zygote()
     if isinstance(forked, zygote.ZygoteProcess):
         _supervise(env, membership, forked, is_guarded=not options.no_guard)
@@ -130,6 +131,10 @@ def _save_from_memory(env: Env) -> NoReturn:
     script.run_call(lambda: flush(env))
 
 
+def _local_rank() -> str:
+    return os.environ.get("LOCAL_RANK", "0")
+
+
 def _fail(error: ArcError, *, says: bool) -> NoReturn:
     """Ends with the error's exit code. What is wrong for all ranks alike is said once per host.
 
@@ -147,7 +152,7 @@ def _leave(returncode: int) -> NoReturn:
 
     Without the interpreter's own end: daemon threads and stores are no reason to wait or to crash there.
     """
-    endings.leave(endings.directory_from_environ(), os.environ.get("RANK", "0"), returncode)
+    endings.leave(endings.directory_from_environ(), _local_rank(), returncode)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -119,6 +119,8 @@ def durable(job: Job) -> dict[str, Any]:
     Readiness is left out: it is a statement about processes at a moment, and ranks of which none is known are asked for
     it again. So is progress between decisions, and the list of committed checkpoints: the stores hold the truth, and a
     store that was emptied in between must not be believed full.
+
+    The number of ranks is the caller's to add, as `world_size`.
     """
     return {
         "phase": job.phase.value,
@@ -141,8 +143,9 @@ def durable(job: Job) -> dict[str, Any]:
 def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
     """The state of a job whose coordinator was restarted.
 
-    A job that was over begins anew, with fresh budgets, since somebody started it again. Its generations are counted
-    on, so that poison and abandonment still mean what they meant.
+    A job that was over begins anew, with fresh budgets, since somebody started it again. So does one that goes on with
+    another number of ranks: who was a member, finished or died says nothing about the ranks of now, and what they held
+    in memory is not theirs. Generations are counted on, so that poison and abandonment still mean what they meant.
 
     Raises:
         KeyError, ValueError, TypeError: the record was not made by `durable`.
@@ -152,7 +155,7 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
         restored=tuple(Restored(**restored) for restored in record["restored"]),
     )
     phase, generation = Phase(record["phase"]), int(record["generation"])
-    if phase.is_over:
+    if phase.is_over or record.get("world_size", config.world_size) != config.world_size:
         return Job(generation=generation + 1, first=generation + 1, known=known, since_s=now_s)
     return Job(
         phase=phase,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import hashlib
 import json
 import random
 import struct
@@ -109,6 +110,27 @@ def unpack_rng(data: bytes) -> RngState:
         offset += nbytes
     gauss = None if head["gauss"] is None else float.fromhex(head["gauss"])
     return RngState((_PYTHON_VERSION, words, gauss), numpy_state, generators[0], tuple(generators[1:]))
+
+
+def derive_rng(data: bytes, name: str) -> bytes:
+    """Another packed point in all random sequences, which is a function of a packed one and a name.
+
+    Each generator is seeded with the first 8 bytes of a SHA-256 of the name and the point (numpy's with the lower 4).
+    The generators of this process are left where they are.
+    """
+    here, has_numpy = capture_rng(), unpack_rng(data).numpy is not None
+    seed = int.from_bytes(hashlib.sha256(name.encode() + b"\0" + data).digest()[:8], "little")
+    try:
+        random.seed(seed)
+        if has_numpy:
+            import numpy as np
+
+            np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
+        derived = capture_rng()
+    finally:
+        restore_rng(here)
+    return pack_rng(derived if has_numpy else derived._replace(numpy=None))
 
 
 class _PythonMemory:

@@ -17,7 +17,7 @@ from arc_dist.config import Env, default_run_dir
 from arc_dist.coordinator.client import CoordinatorClient, LocalClient
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
-from arc_dist.errors import ConfigError, CoordinatorUnavailable
+from arc_dist.errors import ConfigError, CoordinatorUnavailable, ExitCode
 from arc_dist.preemption.file import NoticeFile, seconds_since_1970
 from arc_dist.snapshot.directory import OwnedDirectory
 from arc_dist.supervisor import process, zygote
@@ -38,6 +38,7 @@ _JOIN_RETRY_S = 0.05
 _ANNOUNCEMENT_GRACE_S = 2.0
 _CLIENT_TIMEOUT_S = 5.0
 _FAREWELL_LIMIT_S = 5.0
+_MEMBERSHIP_SIGNAL_LIMIT_S = 10.0  # agents look for new nodes every 0.1 s, and hear of them up to a second late
 
 
 def supervise(
@@ -98,7 +99,7 @@ def supervise(
             stack.callback(_watch_notice_file(env.preempt_file, membership, events).close)
         supervisor = Supervisor(setup, client, zygote_process, events)
         try:
-            return supervisor.run(int(answer["generation"]))
+            ending = supervisor.run(int(answer["generation"]))
         finally:
             supervisor.close()
             if meeting is not None and server is None:
@@ -106,6 +107,20 @@ def supervise(
             elif meeting is not None and server is not None:
                 limit_s = max(_FAREWELL_LIMIT_S, env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
                 meeting.await_others(address.token, membership, lambda: server.num_connections, timeout_s=limit_s)
+        _await_launcher(ending, membership, supervisor)
+        return ending
+
+
+def _await_launcher(ending: Ending, membership: Membership, supervisor: Supervisor) -> None:
+    """Lets the own launcher tell this rank to go, when a rank of another launcher was told to.
+
+    When nodes join, every torchrun agent ends its workers, each at a moment of its own. The ranks have agreed to go by
+    then, and a worker that is gone before its own agent ended it would be a failed one, which costs the agent one of
+    its restarts, or its life.
+    """
+    if ending.returncode != ExitCode.PREEMPTED or membership.num_launchers == 1 or supervisor.was_signalled:
+        return
+    supervisor.await_own_signal(_MEMBERSHIP_SIGNAL_LIMIT_S)
 
 
 def _watch_notice_file(path: Path, membership: Membership, events: Events[Event]) -> NoticeFile:

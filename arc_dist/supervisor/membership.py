@@ -16,6 +16,7 @@ class Membership:
         rank: this rank.
         world_size: number of ranks.
         local_rank: number of this rank on its host.
+        num_launchers: how many launchers (torchrun's agents, one per node) have started ranks of this world.
         run_id: the launcher's name of the job, or None when it has none.
         restart_count: how often torchrun's agent has restarted its workers.
         store_host: where the launcher's store is or is to be; None with a world of one and no launcher.
@@ -26,6 +27,7 @@ class Membership:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    num_launchers: int = 1
     run_id: str | None = None
     restart_count: int = 0
     store_host: str | None = None
@@ -55,6 +57,7 @@ class Membership:
             rank=rank,
             world_size=world_size,
             local_rank=_number(environ, "LOCAL_RANK", 0),
+            num_launchers=_number(environ, "GROUP_WORLD_SIZE", 1),
             run_id=run_id if run_id not in ("", "none") else None,
             restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             store_host=host,

@@ -200,6 +200,15 @@ class Supervisor:
             self._trainers.kill()
             self._wait(lambda: self._trainers.clean, timeout_s=_FAREWELL_LIMIT_S)
 
+    def await_own_signal(self, timeout_s: float) -> bool:
+        """Waits until a signal has told this supervisor itself to end; True when one has."""
+        return self._wait(lambda: self.was_signalled, timeout_s=timeout_s)
+
+    @property
+    def was_signalled(self) -> bool:
+        """Whether a signal told this supervisor itself to end."""
+        return self._leaving_by is not None
+
     @property
     def was_preempted(self) -> bool:
         """Whether the job was told to go."""
