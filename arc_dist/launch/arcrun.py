@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import NoReturn
 from arc_dist.errors import ExitCode
 from arc_dist.launch import endings
 from arc_dist.launch.options import add_settings, settings_to_arguments
+from arc_dist.snapshot.directory import OwnedDirectory
 
 _PREFIX = "arc-"
 _WORDS = {
@@ -43,7 +43,9 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    reports = Path(tempfile.mkdtemp(prefix="arcrun-"))
+    owned = OwnedDirectory(Path(tempfile.gettempdir()), "arcrun")
+    reports = owned.path / "endings"
+    reports.mkdir()
     os.environ[endings.VARIABLE] = str(reports)
     try:
         torchrun.run(arguments)
@@ -68,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"[arc] torchrun: {error}", file=sys.stderr)
         return int(ExitCode.CONFIGURATION)
     finally:
-        shutil.rmtree(reports, ignore_errors=True)
+        owned.close()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

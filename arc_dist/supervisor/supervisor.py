@@ -85,9 +85,16 @@ class Client(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How the supervisor itself is to end: with an exit code, or (negative) by the signal that ended the trainer."""
+    """How the supervisor itself is to end.
+
+    Attributes:
+        returncode: an exit code, or minus the signal that ended the trainer.
+        was_told: a signal told it to end, so that the code says nothing about the script: a launcher ends all ranks
+            when it lost one, and the others then fail as they may.
+    """
 
     returncode: int
+    was_told: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -352,7 +359,7 @@ class Supervisor:
                 self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer)))
                 if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
-        return Ending(trainer.returncode)
+        return Ending(trainer.returncode, was_told=True)
 
     def _conclude_preemption(self, generation: int) -> None:
         """Says that nothing runs here any more, so that the other ranks are told to stop without a time-out."""
