@@ -187,6 +187,17 @@ def test_a_store_that_cannot_be_reached_is_infrastructure(monkeypatch: pytest.Mo
         rendezvous.Meeting(member)
 
 
+def test_how_a_script_takes_an_order_to_end_is_no_bug_of_its_own() -> None:
+    own = classify(3, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
+    assert own.after_notice(None) is own
+    assert own.after_notice(15).to_wire()["signal"] == 15
+    for code in (75, 77, 78):
+        decided = classify(code, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
+        assert decided.after_notice(15) is decided
+    killed = classify(-9, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
+    assert killed.after_notice(15) is killed
+
+
 def test_what_an_incident_cost() -> None:
     cause = classify(-9, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
     incident = Incident.seen(rank=1, generation=4, step=120, cause=cause, exited_at=10.0, last_progress_at=9.5)

@@ -27,6 +27,10 @@ so is started again; its result is not lost, because the end of its script comes
 set, a second death of a rank in a generation is ignored, older generations are fenced. `ready(g+1)` in RUNNING(g) is a
 death whose report was lost or is late: the process is gone either way.
 
+**A new supervisor** for a rank means that a launcher started it again, after it ended the old one with a signal or lost
+it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more than that.
+Either way a notice of preemption is over: it meant those that are gone.
+
 **Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
 a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed
 and would be newer than what it would restore otherwise.
@@ -96,8 +100,21 @@ def _join(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
         return job, f"rank {event.rank} joined", ()
     # Its memory went with the old supervisor, and so did its readiness.
     ready = {rank: inventory for rank, inventory in job.ready.items() if rank != event.rank}
-    job = dataclasses.replace(job, ready=ready)
+    deaths = _with_replaced(job.deaths, event.rank) if job.phase is Phase.ENDING else job.deaths
+    # What was said of a preemption meant the supervisors that are gone: somebody has started the job again.
+    job = dataclasses.replace(job, ready=ready, deaths=deaths, preempted=False)
     return job, f"rank {event.rank} has a new supervisor", (StateMatters(),)
+
+
+def _with_replaced(deaths: tuple[Death, ...], rank: int) -> tuple[Death, ...]:
+    """A launcher ends all ranks when it lost one. Without this the job would be judged by how they were ended."""
+    replaced = Death(rank=rank, cause=Cause(kind=CauseKind.REPLACED))
+    known = next((death for death in deaths if death.rank == rank), None)
+    if known is None:
+        return (*deaths, replaced)
+    if known.cause.kind is CauseKind.LOST or known.cause.signal in _TOLD_TO_GO or known.cause.is_echo:
+        return tuple(replaced if death is known else death for death in deaths)
+    return deaths
 
 
 def _join_running(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:

@@ -46,6 +46,14 @@ class Cause:
         message = str(self.exception.get("message", ""))
         return kind in _PEER_LOST_TYPES or any(words in message for words in _PEER_LOST_WORDS)
 
+    def after_notice(self, number: int | None) -> Cause:
+        """What to report of a trainer that ended after signal `number` told it to.
+
+        How a script takes that is its own affair, and no bug; what it decided as a guard (preempted, say) stands.
+        """
+        own_end = self.kind in ("exception", "exit") and self.returncode not in _OWN_DECISIONS
+        return Cause(kind="signal", returncode=-number) if own_end and number is not None else self
+
     def to_wire(self) -> dict[str, Any]:
         """The form that the coordinator reads."""
         exception = self.exception

@@ -356,7 +356,8 @@ class Supervisor:
             if cause.kind == "finished":
                 self._client.finished(rank=self._setup.rank, generation=trainer.generation)
             else:
-                self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer)))
+                told = cause.after_notice(self._leaving_by)
+                self._client.died(**self._death(trainer, told, self._trainers.last_step(trainer)))
                 if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
         return Ending(trainer.returncode, was_told=True)
