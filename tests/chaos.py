@@ -17,12 +17,15 @@ import dataclasses
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from arc_dist.supervisor.process import start_ticks
 from ranks import Job
 from toy import Toy
 
@@ -33,6 +36,7 @@ _TRY_AGAIN = frozenset({75, 76, 137, 143, -9, -15})
 _AGENT_RESTARTS = 50
 _SPACING = 4  # steps between two faults that are not meant to meet
 _FAREWELL_LIMIT_S = 30.0
+_STACKS_S = 2.0  # for stuck trainers to write where they are
 _TORCHS_OWN = ("torchelastic_", "torchinductor_")  # torchrun's logs, which it keeps; torch's cache
 
 LIGHT_KINDS = ("kill", "kill", "several", "raise", "exit", "stop")
@@ -121,9 +125,7 @@ def _second(rng: random.Random, number: int, *, after: int | None) -> Fault:
     places = ("start", "joined") if after is None else ("start", "joined", "restore", "restored")
     place = rng.choice(places)
     delay_s = rng.choice((0.0, rng.uniform(0.001, 0.3))) if place in ("start", "joined") else 0.0
-    return Fault(
-        number=number, kind="kill", by=by, place=place, step=0, ranks=(by,), after=after, delay_s=delay_s
-    )
+    return Fault(number=number, kind="kill", by=by, place=place, step=0, ranks=(by,), after=after, delay_s=delay_s)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -184,7 +186,7 @@ class Outcome:
             lines.append(f"{fault}: {fired.read_text() if fired.exists() else 'not fired'}")
         lines.append("--- lives")
         for rank in range(WORLD_SIZE):
-            steps = [entry for entry in read_lines(out / f"steps-{rank}")]
+            steps = read_lines(out / f"steps-{rank}")
             for life in lives(out, rank):
                 done = [step for generation, step in steps if generation == life["generation"]]
                 lines.append(f"rank {rank}: {life} steps {done[:1]}..{done[-1:]}")
@@ -220,7 +222,7 @@ def run(plan: Plan, directory: Path, *, shm_root: Path, limit_s: float) -> Outco
             job = Job(command, env=env, cwd=directory)
             job.__enter__()
             jobs.append(job)
-            code = job.wait(max(1.0, began + limit_s - time.monotonic())).exit_code
+            code = _wait(job, max(1.0, began + limit_s - time.monotonic()), out)
             outcome.exit_codes.append(code)
             if code not in _TRY_AGAIN:
                 break
@@ -233,6 +235,20 @@ def run(plan: Plan, directory: Path, *, shm_root: Path, limit_s: float) -> Outco
             job.__exit__()
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _wait(job: Job, limit_s: float, out: Path) -> int | None:
+    """The command's exit code; None when it did not end, after its trainers have written their stacks to its output."""
+    try:
+        return job.process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        for rank in range(WORLD_SIZE):
+            for life in lives(out, rank)[-1:]:
+                if start_ticks(life["pid"]) == life["ticks"]:
+                    os.kill(life["pid"], signal.SIGUSR1)
+        time.sleep(_STACKS_S)
+        job.kill()
+        return None
 
 
 def lives(out: Path, rank: int) -> list[dict[str, Any]]:

@@ -187,6 +187,36 @@ def test_a_store_that_cannot_be_reached_is_infrastructure(monkeypatch: pytest.Mo
         rendezvous.Meeting(member)
 
 
+def _raised(body: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        body()
+    return caught.value
+
+
+def test_what_a_chain_of_exceptions_began_with_tells_whose_fault_it_was() -> None:
+    def wrapped() -> None:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as error:
+            raise ValueError("training failed") from error
+
+    def cleaned_up() -> None:
+        try:
+            raise ValueError("shapes differ")
+        finally:
+            raise RuntimeError("Connection closed by peer")
+
+    def own() -> None:
+        try:
+            raise KeyError("x")
+        except KeyError as error:
+            raise ValueError("no such setting") from error
+
+    assert str(script._telling(_raised(wrapped))) == "Connection closed by peer"
+    assert str(script._telling(_raised(cleaned_up))) == "shapes differ"
+    assert str(script._telling(_raised(own))) == "no such setting"
+
+
 def test_how_a_script_takes_an_order_to_end_is_no_bug_of_its_own() -> None:
     own = classify(3, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
     assert own.after_notice(None) is own

@@ -28,8 +28,8 @@ set, a second death of a rank in a generation is ignored, older generations are 
 death whose report was lost or is late: the process is gone either way.
 
 **A new supervisor** for a rank means that a launcher started it again, after it ended the old one with a signal or lost
-it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more than that.
-Either way a notice of preemption is over: it meant those that are gone.
+it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more. Either way
+a notice of preemption is over: it meant those that are gone.
 
 **Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
 a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed
@@ -47,7 +47,7 @@ from collections.abc import Callable
 from typing import Any
 
 from arc_dist.errors import ExitCode
-from arc_dist.protocol import budgets
+from arc_dist.protocol import budgets, hosts
 from arc_dist.protocol.budgets import Cause, CauseKind, Death, Ended
 from arc_dist.protocol.events import (
     Action,
@@ -317,10 +317,19 @@ def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
     """ENDING -> STARTING of the next generation, or STOPPED: all processes are gone and all evidence is in."""
     ended = Ended(first=job.generation == job.first, deaths=job.deaths, reached=job.reached, preempted=job.preempted)
     ledger, judgement = budgets.judge(config.budget, job.ledger, ended)
-    over = GenerationOver(generation=job.generation, deaths=job.deaths, judgement=judgement, reached=job.reached)
-    job = dataclasses.replace(job, ledger=ledger)
+    root = judgement.root
+    blamed, advice = _blame_host(job, root)
+    over = GenerationOver(
+        generation=job.generation, deaths=job.deaths, judgement=judgement, reached=job.reached, advice=advice
+    )
+    job = dataclasses.replace(job, ledger=ledger, blamed=blamed)
     if judgement.stop_code is not None:
-        stop = Stop(exit_code=judgement.stop_code, reason=judgement.reason, blame_rank=judgement.root.rank)
+        stop = Stop(
+            exit_code=judgement.stop_code,
+            reason=f"{judgement.reason}; {advice}" if advice else judgement.reason,
+            blame_rank=root.rank,
+            traceback=root.cause.traceback,
+        )
         job, reason, actions = _over(job, stop, now_s)
         return job, reason, (over, *actions)
     job = dataclasses.replace(
@@ -334,6 +343,16 @@ def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
         preempted=False,
     )
     return job, judgement.reason, (over,)
+
+
+def _blame_host(job: Job, root: Death) -> tuple[tuple[hosts.Blamed, ...], str]:
+    """What is held against hosts once this generation is over, and the advice that follows from it."""
+    member = job.members.get(root.rank)
+    if member is None or not hosts.tells_of_host(root.cause):
+        return job.blamed, ""
+    blamed = hosts.with_blamed(job.blamed, hosts.Blamed(generation=job.generation, host=member.host))
+    found = hosts.suspect(blamed, {other.host for other in job.members.values()}, job.generation)
+    return blamed, hosts.advice(*found) if found is not None else ""
 
 
 def _start(config: JobConfig, job: Job, now_s: float) -> _Answer | None:

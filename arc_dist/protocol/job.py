@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from arc_dist.protocol.budgets import BudgetPolicy, Cause, Death, Ledger
+from arc_dist.protocol.hosts import Blamed
 from arc_dist.protocol.pick import Inventory, Known, Plan, Poison, Restored
 
 
@@ -62,11 +63,19 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stop:
-    """Why the job ended without being done."""
+    """Why the job ended without being done.
+
+    Attributes:
+        exit_code: the job's.
+        reason: for people.
+        blame_rank: the rank that failed first, where one did.
+        traceback: of the exception that it failed with, where it was one.
+    """
 
     exit_code: int
     reason: str
     blame_rank: int | None = None
+    traceback: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,7 @@ class Job:
         finished: ranks whose script ended well.
         reached: the furthest committed step that was heard of.
         preempted: a preemption notice came in.
+        blamed: recent deaths that hosts may have caused; kept across generations.
         committing: steps whose manifest is being written.
         since_s: when the phase began.
         stop: set in STOPPED.
@@ -101,6 +111,7 @@ class Job:
     finished: frozenset[int] = frozenset()
     reached: int = 0
     preempted: bool = False
+    blamed: tuple[Blamed, ...] = ()
     committing: frozenset[int] = frozenset()
     since_s: float = 0.0
     stop: Stop | None = None
@@ -131,6 +142,7 @@ def durable(job: Job) -> dict[str, Any]:
         "finished": sorted(job.finished),
         "reached": job.reached,
         "preempted": job.preempted,
+        "blamed": [dataclasses.asdict(entry) for entry in job.blamed],
         "stop": dataclasses.asdict(job.stop) if job.stop else None,
     }
 
@@ -166,5 +178,6 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
         finished=frozenset(record["finished"]),
         reached=int(record["reached"]),
         preempted=bool(record["preempted"]),
+        blamed=tuple(Blamed(**entry) for entry in record.get("blamed", ())),
         since_s=now_s,
     )

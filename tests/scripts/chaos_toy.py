@@ -6,6 +6,7 @@ rank and step and needs no sleeping and no guessing from outside.
 """
 
 import errno
+import faulthandler
 import json
 import os
 import signal
@@ -138,6 +139,7 @@ def struck_around(owner, name, place, step_of):
 
 
 def main():
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the harness asks for it when nothing goes on any more
     note_life()
     strike("start", 0)
     for place in ("restore", "restored"):
