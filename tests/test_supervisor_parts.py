@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from arc_dist.errors import ConfigError, InfrastructureError
-from arc_dist.supervisor import process, rendezvous, wire, zygote
+from arc_dist.supervisor import process, rendezvous, script, wire, zygote
 from arc_dist.supervisor.cause import classify
 from arc_dist.supervisor.incidents import Incident
 from arc_dist.supervisor.membership import Membership

@@ -28,8 +28,8 @@ set, a second death of a rank in a generation is ignored, older generations are 
 death whose report was lost or is late: the process is gone either way.
 
 **A new supervisor** for a rank means that a launcher started it again, after it ended the old one with a signal or lost
-it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more. Either way
-a notice of preemption is over: it meant those that are gone.
+it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more. Either
+way a notice of preemption is over: it meant those that are gone.
 
 **Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
 a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed

@@ -37,7 +37,9 @@ class Cause:
     @property
     def is_echo(self) -> bool:
         """The trainer failed because a peer was gone, so the peer's death is the cause to report first."""
-        return budgets.Cause.from_dict(self.to_wire()).is_echo
+        if self.exception is None:
+            return False
+        return budgets.is_echo_of(str(self.exception.get("type", "")), str(self.exception.get("message", "")))
 
     def after_notice(self, number: int | None) -> Cause:
         """What to report of a trainer that ended after signal `number` told it to.
