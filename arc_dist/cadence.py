@@ -27,6 +27,7 @@ class SnapshotCadence:
     def __init__(self, settings: Settings) -> None:
         self._share = settings.snapshot_cost
         self.every = settings.snapshot_every
+        self._is_fixed = self.every is not None
         self._shortest = max(1, -(-settings.certify_after // (settings.snapshots - 1)))
         self.last = -1
         self._num_captured = 0
@@ -90,6 +91,11 @@ class SnapshotCadence:
         self._num_captured = max(self._num_captured, state["num_captured"]) if self.every is None else 0
         self.last = step
 
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Takes over another rank's state, unless the settings fix the interval."""
+        if not self._is_fixed:
+            self.every, self._num_captured = state["every"], state["num_captured"]
+
 
 class VoteCadence:
     """At how many of its steps a job votes whose gradients already carry every fault to all ranks.
@@ -104,6 +110,7 @@ class VoteCadence:
 
     def __init__(self, *, is_fixed: bool) -> None:
         self.every = 1
+        self._is_fixed = is_fixed
         self._step_times: list[float] | None = None if is_fixed else []
 
     @property
@@ -130,3 +137,9 @@ class VoteCadence:
         if not self.is_settled and state["is_settled"]:
             self.every = state["every"]
             self._step_times = None
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Takes over another rank's state, unless every step is voted on."""
+        if not self._is_fixed:
+            self.every = state["every"]
+            self._step_times = None if state["is_settled"] else []

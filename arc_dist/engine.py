@@ -246,6 +246,7 @@ class Engine:
                         warm_up(data.next().data)
                         data.resume(position)
             self.guard.load(found.specs, found.tensors, found.small, cold=True)
+            self.guard.agree_on_cadence()
             if found.tier == "memory":
                 self.ring.drop_after(found.step)
             elif self._checkpointer is not None:

@@ -25,6 +25,7 @@ from arc_dist.errors import TrainingStopped
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
 from arc_dist.incident import incident, one_line, weights_digest
+from arc_dist.mean_loss import MeanLoss
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
 from arc_dist.observed import Observed
 from arc_dist.protection import Protection
@@ -139,8 +140,7 @@ class Guard:
         self.rate_monitor = LearningRateMonitor(state.optimizers)
         self.watch = StateWatch(state)
         self._carried = 0  # flags found outside a ballot, handed in with the next
-        self._loss_sum, self._loss_count = 0.0, 0
-        self._mean_pending = False
+        self.mean_loss = MeanLoss(voter, self.reduced_loss_monitor, every=settings.reduce_loss_every)
         self.observed = Observed()
         self.details: list[dict[str, Any]] = []
         self.protection = Protection(
@@ -197,10 +197,7 @@ class Guard:
 
     def _send_ballot(self) -> None:
         self.voter.begin(self.attempt.flags)
-        if self._loss_count >= self.settings.reduce_loss_every:
-            self.voter.begin_mean(self._loss_sum, self._loss_count)
-            self._loss_sum, self._loss_count = 0.0, 0
-            self._mean_pending = True
+        self.mean_loss.begin()
 
     def request(self, flag: Flag) -> None:
         """Asks all ranks for something with the next ballot."""
@@ -229,8 +226,7 @@ class Guard:
                     attempt.flags |= faults
                     self._send_ballot()
                 merged = self.voter.result(step)
-                if self._mean_pending:
-                    faults |= self._judge_mean(step)
+                faults |= self.mean_loss.judge(step) & self._heeded
             self.agreed = merged & _REQUESTS
             faults |= merged & _FAULTS
         if faults:
@@ -272,8 +268,7 @@ class Guard:
         if losses:
             loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
             self.loss_monitor.accept(loss)
-            self._loss_sum += loss
-            self._loss_count += 1
+            self.mean_loss.committed(loss)
         if attempt.norm is not None:
             self.gradient_monitors[attempt.optimizer].accept(attempt.norm)
         if self.rate_monitor.has_risen:
@@ -339,6 +334,7 @@ class Guard:
         """
         for optimizer in self.state.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        self.mean_loss.settled()
         self.sections.enter(Section.HEAL)
         began = time.perf_counter()
         failed_step = self.step if decision.rung is Rung.APPLY else self.step + 1
@@ -385,6 +381,17 @@ class Guard:
         self.state.restore(specs, tensors, small["training"] if self._restore_rates else None)
         self.load_state_dict(small["guard"], with_history=cold)
 
+    def agree_on_cadence(self) -> None:
+        """After a restore: takes over rank 0's cadences, whose collectives must come at the same steps everywhere.
+
+        Every rank must call this; it blocks. Ranks that were ended while they agreed on a cadence may have left states
+        in which some know it and some do not.
+        """
+        cadences = (self.vote_cadence, self.protection.cadence)
+        theirs = self.voter.gather([cadence.state_dict() for cadence in cadences], self.step)[0]
+        for cadence, state in zip(cadences, theirs, strict=True):
+            cadence.adopt(state)
+
     def _decide(self, faults: Flag, step: int) -> Decision:
         """The slow path: details of all ranks, then the pure decision. Every rank gets here together."""
         self.watch.follow()
@@ -430,19 +437,6 @@ class Guard:
         if self._record is not None:
             self._record(generation=self._generation, **fields)
 
-    # ------------------------------------------------------------------ monitors
-
-    def _judge_mean(self, step: int) -> int:
-        self._mean_pending = False
-        mean = self.voter.mean(step)
-        if mean is None:
-            return 0
-        found = self.reduced_loss_monitor.judge(mean)
-        if not found:
-            self.reduced_loss_monitor.accept(mean)
-            return 0
-        return Flag.REDUCED_LOSS_EXPLOSION.value & self._heeded
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -455,7 +449,7 @@ class Guard:
             "gradient": [monitor.state_dict() for monitor in self.gradient_monitors],
             "rate": self.rate_monitor.state_dict(),
             "probe": self.watch.probe.state_dict(),
-            "loss_sum": (self._loss_sum, self._loss_count),
+            "loss_sum": self.mean_loss.state_dict(),
             "cadence": self.protection.cadence.state_dict(),
             "vote_cadence": self.vote_cadence.state_dict(),
             "observed": self.observed.state_dict(),
@@ -474,8 +468,7 @@ class Guard:
             monitor.load_state_dict(saved)
         self.rate_monitor.load_state_dict(state["rate"])
         self.watch.load_state_dict(state["probe"])
-        self._loss_sum, self._loss_count = state["loss_sum"]
-        self._mean_pending = False
+        self.mean_loss.load_state_dict(state["loss_sum"])
         self.observed.load_state_dict(state["observed"])
         if "sections" in state:  # not in checkpoints of earlier versions
             self.sections.load_state_dict(state["sections"])

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,7 +92,52 @@ def test_a_killed_supervisor_is_infrastructure(tmp_path: Path) -> None:
         "os.kill(supervisor, signal.SIGKILL) if rank == 1 else time.sleep(60)",
     )
     result = run_job(command(*LIGHT, path))
-    assert result.exit_code in (76, 143), str(result)
+    assert result.exit_code == 76, str(result)
+
+
+@pytest.mark.slow
+def test_how_scripts_end_when_a_lost_peer_ends_them_is_no_reason_not_to_try_again(tmp_path: Path) -> None:
+    """torchrun ends all ranks when it lost one; what they make of that is no bug of theirs."""
+    path = script(
+        tmp_path,
+        f"here = {str(tmp_path)!r}",
+        "first = not os.path.exists(os.path.join(here, 'struck'))",
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))",
+        "open(os.path.join(here, f'up-{rank}'), 'w')",
+        "while rank == 1 and first and not os.path.exists(os.path.join(here, 'up-0')): time.sleep(0.01)",
+        "stat = open(f'/proc/{os.getppid()}/stat').read()",
+        "supervisor = int(stat.rpartition(')')[2].split()[1])",
+        "if first and rank == 1: open(os.path.join(here, 'struck'), 'w'); os.kill(supervisor, signal.SIGKILL)",
+        "if first: time.sleep(60)",
+    )
+    result = run_job(command(*LIGHT, "--max-restarts=1", path), timeout_s=90)
+    assert (tmp_path / "struck").exists()
+    assert result.exit_code == 0, str(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["arcrun", "torchrun"])
+def test_a_killed_agent_takes_its_job_along(tmp_path: Path, launcher: str, shm_root: Path) -> None:
+    """Else the job would train on, beside the one that is started in its place."""
+    path = script(tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}'), 'w')", "time.sleep(60)")
+    light = ("--no-preload", "--no-guard")
+    argv = command(*LIGHT, path) if launcher == "arcrun" else torchrun(2, "-m", "arc_dist", *light, path)
+    with Job(argv, env={"TMPDIR": str(tmp_path)}) as job:
+        job.wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, "both ranks")
+        assert len(job.pids()) >= 7  # the launcher; a supervisor, a zygote and a trainer for each rank
+        job.process.kill()
+        job.process.wait(10)
+        deadline = time.monotonic() + 60
+        while job.pids() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert job.pids() == []
+    # What it left in memory and in the temporary directory goes with the next start.
+    assert len(list(shm_root.iterdir())) == 2
+    (tmp_path / "train.py").write_text("")
+    again = run_job(argv, env={"TMPDIR": str(tmp_path)})
+    assert again.exit_code == 0, str(again)
+    assert list(shm_root.iterdir()) == []
+    assert list(tmp_path.glob("arc-*")) == []
 
 
 @pytest.mark.slow
@@ -184,7 +230,9 @@ def test_options_stand_for_variables() -> None:
         ([77, 77], 77, None, 77),
         ([0, 0, 1], 1, None, 1),
         ([], -9, None, 76),
-        ([-15], -9, None, 143),
+        ([-15], -15, None, 143),
+        ([-15, 1], -9, None, 76),  # a supervisor was killed, and the others were told to end
+        ([-9, -15], -9, None, 137),  # a trainer was, and its supervisor ended like it
         ([75, 75], None, 15, 75),
         ([0, 75], None, 15, 75),
         ([-15, -15], None, 15, 143),
@@ -211,3 +259,11 @@ def test_endings_are_read_in_the_order_in_which_they_came(tmp_path: Path) -> Non
     endings.begin(None, "0")
     assert endings.read(tmp_path) == [3]
     assert os.listdir(tmp_path) != []
+
+
+def test_the_code_of_a_script_that_was_told_to_end_is_no_verdict(tmp_path: Path) -> None:
+    endings.leave(str(tmp_path), "1", 1, was_told=True)
+    assert endings.verdict(str(tmp_path)) is None
+    assert endings.read(tmp_path) == [1]
+    endings.leave(str(tmp_path), "2", 1)
+    assert endings.verdict(str(tmp_path)) == 1

@@ -45,6 +45,18 @@ def test_what_torch_says_of_a_lost_peer_is_an_echo(kind: str, message: str):
     assert not BUG.is_echo
 
 
+def test_failures_beside_the_root_are_told_and_echoes_are_not():
+    oom = Cause(kind=CauseKind.OOM, signal=9)
+    together = [death(ECHO, 0), death(BUG, 1, 7), death(oom, 2, 7), death(Cause(kind=CauseKind.LOST), 3)]
+    _, judgement = judge(POLICY, Ledger(), ended(*together))
+    assert judgement.root == together[1]
+    assert judgement.reason.startswith("rank 1 ValueError: shapes differ at step 7")
+    assert "rank 2 killed by the kernel for lack of memory at step 7" in judgement.reason
+    assert "rank 0" not in judgement.reason
+    assert "rank 3" not in judgement.reason
+    assert judge(POLICY, Ledger(), ended(death(oom, 2, 7), death(ECHO, 0)))[1].reason == str(death(oom, 2, 7))
+
+
 @pytest.mark.parametrize("code", [ExitCode.PREEMPTED, ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION])
 def test_what_a_process_asks_for_is_done(code: ExitCode):
     asked = replace(BUG, kind=CauseKind.EXIT, exit_code=int(code))

@@ -249,6 +249,35 @@ def test_where_the_ranks_really_went_back_to_counts():
     assert job.plan.tier is Tier.NONE
 
 
+def test_a_job_that_its_launcher_starts_again_is_not_judged_by_how_the_launcher_ended_it():
+    """torchrun lost rank 1's supervisor, ended rank 0 with SIGTERM, and starts both again."""
+    told = Cause(kind=CauseKind.SIGNAL, signal=15)
+    echo = Cause(kind=CauseKind.EXCEPTION, exit_code=1, exception_type="PeerLost")
+    for how in (told, echo):
+        job, _ = play(Preempted(rank=0), died(0, 0, cause=how), job=RUNNING)
+        revived = revive(CONFIG, json.loads(json.dumps(durable(job))), now_s=1.0)
+        job, actions = play(join(0, pid=100), join(1, pid=101), ready(0, 1), ready(1, 1), job=revived)
+        (over,) = [action for action in actions if isinstance(action, GenerationOver)]
+        assert over.judgement.root.cause.kind is CauseKind.REPLACED
+        assert (job.phase, job.generation) == (Phase.RUNNING, 1)
+        assert job.ledger.restarts == job.ledger.fruitless == 0
+
+
+def test_a_new_supervisor_hides_no_bug_that_was_reported_before():
+    bug = Cause(kind=CauseKind.EXCEPTION, exit_code=1, exception_type="ValueError", message="no")
+    job, _ = play(died(0, 0, cause=bug), join(0, pid=100), join(1, pid=101), job=RUNNING)
+    job, _ = play(ready(0, 1), ready(1, 1), job=job)
+    assert job.ledger.seen == ((bug.signature, 5),)
+
+
+def test_a_notice_of_preemption_ends_with_the_supervisors_that_it_meant():
+    for before in (RUNNING, ENDING):
+        job, _ = play(Preempted(rank=0), job=before)
+        assert job.preempted
+        job, _ = play(join(0, pid=100), job=job)
+        assert not job.preempted
+
+
 def test_a_preemption_notice_ends_the_job_as_preempted():
     job, _ = play(Preempted(rank=0), died(0, 0), ready(0, 1), ready(1, 1), job=RUNNING)
     assert job.stop is not None

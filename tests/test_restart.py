@@ -110,6 +110,35 @@ def test_a_bug_in_the_script_is_not_retried_for_ever(tmp_path):
     assert 1 <= output.count("the script's own bug at step 9\n") <= 4, output
 
 
+def test_the_first_failure_is_named_and_its_traceback_comes_last(tmp_path):
+    """The other ranks fail too, with "Connection closed by peer": louder, and no cause."""
+    toy = Toy(kind="ddp", steps=20)
+    _, output = job(tmp_path, toy, 3, raises={"1": 9}, code=1)
+    lines = output.splitlines()
+    ends = [number for number, line in enumerate(lines) if line.endswith("ValueError: the script's own bug at step 9")]
+    stops = next(
+        number for number, line in enumerate(lines) if "the job stops (exit code 1): rank 1 ValueError" in line
+    )
+    echoes = [number for number, line in enumerate(lines) if "pair.cc" in line or "PeerLost" in line]
+    assert any("what rank 1 failed with first" in line for line in lines), output
+    assert ends[-1] == stops - 1, output
+    assert all(number < ends[-1] for number in echoes), output
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()]
+    (stopped,) = [line for line in recorded if line["kind"] == "job_stopped"]
+    assert stopped["ranks"] == [1]
+    assert "the script's own bug at step 9" in stopped["cause"]
+
+
+def test_two_independent_deaths_are_both_told_of(tmp_path):
+    toy = Toy(kind="ddp", steps=20)
+    results, output = job(tmp_path, toy, 3, kills={"0": [13], "2": [13]})
+    assert_fired(tmp_path, {"0": [13], "2": [13]})
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()]
+    (root,) = [line for line in recorded if line["kind"] == "root_cause"]
+    assert sorted([root["ranks"][0], *(int(other.split()[1]) for other in root["others"])])[:3] == [0, 2], output
+    assert [result["digest"] for result in results] == undisturbed(toy, 3), output
+
+
 def test_four_ranks_resume_bitwise_at_the_beginning_of_an_epoch(tmp_path):
     """DDP's buckets must be warmed up there too, where no batch of the new epoch has been seen yet."""
     toy = Toy(kind="ddp", steps=12, samples=256)  # 8 batches per epoch and rank

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from arc_dist.errors import ConfigError, InfrastructureError
-from arc_dist.supervisor import process, rendezvous, wire, zygote
+from arc_dist.supervisor import process, rendezvous, script, wire, zygote
 from arc_dist.supervisor.cause import classify
 from arc_dist.supervisor.incidents import Incident
 from arc_dist.supervisor.membership import Membership
@@ -185,6 +186,47 @@ def test_a_store_that_cannot_be_reached_is_infrastructure(monkeypatch: pytest.Mo
     member = Membership(rank=1, world_size=2, store_host="127.0.0.1", store_port=port, has_agent_store=True)
     with pytest.raises(InfrastructureError, match=f"127.0.0.1:{port}"):
         rendezvous.Meeting(member)
+
+
+def _raised(body: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        body()
+    return caught.value
+
+
+def test_what_a_chain_of_exceptions_began_with_tells_whose_fault_it_was() -> None:
+    def wrapped() -> None:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as error:
+            raise ValueError("training failed") from error
+
+    def cleaned_up() -> None:
+        try:
+            raise ValueError("shapes differ")
+        finally:
+            raise RuntimeError("Connection closed by peer")
+
+    def own() -> None:
+        try:
+            raise KeyError("x")
+        except KeyError as error:
+            raise ValueError("no such setting") from error
+
+    assert str(script._telling(_raised(wrapped))) == "Connection closed by peer"
+    assert str(script._telling(_raised(cleaned_up))) == "shapes differ"
+    assert str(script._telling(_raised(own))) == "no such setting"
+
+
+def test_how_a_script_takes_an_order_to_end_is_no_bug_of_its_own() -> None:
+    own = classify(3, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
+    assert own.after_notice(None) is own
+    assert own.after_notice(15).to_wire()["signal"] == 15
+    for code in (75, 77, 78):
+        decided = classify(code, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
+        assert decided.after_notice(15) is decided
+    killed = classify(-9, exception=None, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
+    assert killed.after_notice(15) is killed
 
 
 def test_what_an_incident_cost() -> None:

@@ -258,7 +258,8 @@ class Coordinator:
         if told.order is Order.RUN and self._job.plan is not None:
             answer |= {"plan": {**self._job.plan.as_dict(), "flush": self._job.flushing}, "store": self._store}
         if told.order is Order.STOP and self._job.stop is not None:
-            answer |= {"exit_code": self._job.stop.exit_code, "blame_rank": self._job.stop.blame_rank}
+            stop = self._job.stop
+            answer |= {"exit_code": stop.exit_code, "blame_rank": stop.blame_rank, "traceback": stop.traceback}
         return answer
 
     # ---- checkpoints
@@ -336,6 +337,7 @@ class Coordinator:
             elif isinstance(action, GenerationOver):
                 self._saves.open_for(outcome.job.generation)
                 logger.info("generation %d is over: %s", action.generation, action.judgement.reason)
+                self._report_over(action)
             elif isinstance(action, GenerationRuns):
                 logger.info("generation %d runs: %s", action.plan.generation, action.plan.reason)
             elif isinstance(action, JobOver):
@@ -343,26 +345,41 @@ class Coordinator:
                 self._report_end(action)
         self._changed.notify_all()
 
+    def _report_over(self, action: GenerationOver) -> None:
+        """Says what no supervisor knows alone: which of several deaths came first, and the host to take out."""
+        root = action.judgement.root
+        common = {"generation": action.generation, "seen_by": "coordinator"}
+        if len(action.deaths) > 1:
+            others = [str(death) for death in action.deaths if death != root]
+            line = {"kind": "root_cause", "ranks": [root.rank], "cause": action.judgement.reason, "others": others}
+            self._note(line | common | ({} if root.step is None else {"step": root.step}))
+        if action.advice:
+            logger.warning("%s", action.advice)
+            self._note({"kind": "host_suspected", "ranks": [root.rank], "cause": action.advice} | common)
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        if self._run_dir is None:
+            return
+        try:
+            append_incident(self._run_dir, line)
+        except OSError as error:
+            logger.warning("%s is not in the incident file: %s", line["kind"], error)
+
     def _report_end(self, action: JobOver) -> None:
         if action.stop is None:
             logger.info("job %s is done", self.job_id)
             return
         stop = action.stop
         logger.info("job %s stops with exit code %d: %s", self.job_id, stop.exit_code, stop.reason)
-        if self._run_dir is not None:
-            line = {
-                "time": time.time(),
-                "kind": "job_stopped",
-                "generation": action.generation,
-                "ranks": [] if stop.blame_rank is None else [stop.blame_rank],
-                "cause": stop.reason,
-                "exit_code": stop.exit_code,
-                "action": "stop",
-            }
-            try:
-                append_incident(self._run_dir, line)
-            except OSError as error:
-                logger.warning("the end of the job is not in the incident file: %s", error)
+        line = {
+            "kind": "job_stopped",
+            "generation": action.generation,
+            "ranks": [] if stop.blame_rank is None else [stop.blame_rank],
+            "cause": stop.reason,
+            "exit_code": stop.exit_code,
+            "action": "stop",
+        }
+        self._note(line)
 
     def _append(self, job: Job) -> None:
         """A journal that cannot be written is lost protection, not a reason to stop a job: said once, and shown."""

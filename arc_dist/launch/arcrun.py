@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from arc_dist.config import Env
 from arc_dist.errors import ConfigError, ExitCode
 from arc_dist.launch import endings
 from arc_dist.launch.options import add_settings, settings_to_arguments
+from arc_dist.snapshot.directory import OwnedDirectory
 
 _PREFIX = "arc-"
 _TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -51,7 +51,9 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    reports = Path(tempfile.mkdtemp(prefix="arcrun-"))
+    owned = OwnedDirectory(Path(tempfile.gettempdir()), "arcrun")
+    reports = owned.path / "endings"
+    reports.mkdir()
     os.environ[endings.VARIABLE] = str(reports)
     try:
         torchrun.run(arguments)
@@ -76,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"[arc] torchrun: {error}", file=sys.stderr)
         return int(ExitCode.CONFIGURATION)
     finally:
-        shutil.rmtree(reports, ignore_errors=True)
+        owned.close()
 
 
 def _may_change_size(nnodes: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from arc_dist.errors import ExitCode
 
@@ -25,37 +26,39 @@ def begin(directory: str | None, local_rank: str) -> None:
         (Path(directory) / local_rank).unlink(missing_ok=True)
 
 
-def leave(directory: str | None, local_rank: str, returncode: int) -> None:
-    """Notes how this supervisor ends: an exit code, or minus a signal."""
+def leave(directory: str | None, local_rank: str, returncode: int, *, was_told: bool = False) -> None:
+    """Notes how this supervisor ends: an exit code, or minus a signal; and whether a signal had told it to."""
     if directory is None:
         return
     # arcrun falls back to what torchrun saw when the directory is gone.
     with contextlib.suppress(OSError):
         path = Path(directory) / local_rank
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"time": time.time(), "returncode": returncode}))
+        draft.write_text(json.dumps({"time": time.time(), "returncode": returncode, "was_told": was_told}))
         draft.rename(path)
 
 
 def read(directory: Path) -> list[int]:
     """Return codes of this node's supervisors, earliest first."""
-    noted: list[tuple[float, int]] = []
-    for path in directory.iterdir():
-        if path.suffix != ".draft":
-            ending = json.loads(path.read_text())
-            noted.append((ending["time"], ending["returncode"]))
-    return [code for _, code in sorted(noted)]
+    return [int(ending["returncode"]) for ending in _notes(directory)]
+
+
+def _notes(directory: Path) -> list[dict[str, Any]]:
+    notes = [json.loads(path.read_text()) for path in directory.iterdir() if path.suffix != ".draft"]
+    return sorted(notes, key=lambda note: note["time"])
 
 
 def verdict(directory: str | None) -> int | None:
     """The exit code that an earlier attempt of this job ended with, if it is one after which no other is worth while.
 
     torchrun's agent restarts workers whatever their exit code was; a supervisor that finds this ends with it at once.
+    The code of a script that was told to end is none: the agent tells all to when it lost one, and a script then fails
+    because its peer is gone.
     """
     if directory is None or not os.path.isdir(directory):
         return None
-    final = [code for code in read(Path(directory)) if code > 0 and code not in _RETRYABLE]
-    return final[0] if final else None
+    codes = [int(note["returncode"]) for note in _notes(Path(directory)) if not note["was_told"]]
+    return next((code for code in codes if code > 0 and code not in _RETRYABLE), None)
 
 
 def job_exit_code(
@@ -75,6 +78,9 @@ def job_exit_code(
         if not failures or len(own) < len(failures):
             return 128 + signal_number
         return int(max(own))  # INFRASTRUCTURE, when one of them could not save
+    if worker_exit_code is not None and worker_exit_code < 0 and worker_exit_code not in returncodes:
+        # A supervisor was killed before it could note anything; what the others noted came of that.
+        return int(ExitCode.INFRASTRUCTURE)
     if failures:
         first = failures[0]
     elif worker_exit_code is not None and worker_exit_code > 0:

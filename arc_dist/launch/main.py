@@ -38,6 +38,9 @@ def start() -> Callable[[], NoReturn]:
     options = command_line.parse(sys.argv[1:])
     if options.zygote is not None:
         return _take_zygotes_place(options)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Were the agent killed, the job would go on without it, beside the one that is started in its place.
+        process.die_with_parent(os.getppid())
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         verdict = endings.verdict(endings.directory_from_environ())
         if verdict is not None:
@@ -84,7 +87,7 @@ def _supervise(env: Env, membership: Membership, forked: zygote.ZygoteProcess, *
     except BaseException:  # noqa: BLE001  # whatever it is, the trainer and the shared memory must not stay behind
         traceback.print_exc()
         _leave(int(ExitCode.INFRASTRUCTURE))
-    _leave(ending.returncode)
+    _leave(ending.returncode, was_told=ending.was_told)
 
 
 def _take_zygotes_place(options: command_line.Options) -> Callable[[], NoReturn]:
@@ -147,12 +150,12 @@ def _fail(error: ArcError, *, says: bool) -> NoReturn:
     _leave(int(error.exit_code))
 
 
-def _leave(returncode: int) -> NoReturn:
+def _leave(returncode: int, *, was_told: bool = False) -> NoReturn:
     """Ends the process as the trainer ended: with its exit code, or by the signal that ended it.
 
     Without the interpreter's own end: daemon threads and stores are no reason to wait or to crash there.
     """
-    endings.leave(endings.directory_from_environ(), _local_rank(), returncode)
+    endings.leave(endings.directory_from_environ(), _local_rank(), returncode, was_told=was_told)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

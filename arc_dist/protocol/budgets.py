@@ -31,6 +31,7 @@ from arc_dist.errors import ExitCode
 
 _FINAL_CODES = frozenset({ExitCode.PREEMPTED, ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION})
 _MAX_TEXT = 8192  # characters kept of a message or traceback
+_MAX_TOLD = 4  # failures beside the root that a message names
 _MAX_SIGNATURES = 64  # bound of the memory for rule 3
 
 # How torch, gloo, NCCL and the kernel say that somebody else is gone.
@@ -55,6 +56,12 @@ _ECHO_TEXTS = (
     "nccl error",
     "nccl communicator was aborted",
 )
+
+
+def is_echo_of(exception_type: str, message: str) -> bool:
+    """Whether an exception of this type (with or without its module) and message is how the loss of a peer is told."""
+    text = message.lower()
+    return exception_type.rpartition(".")[2] in _ECHO_TYPES or any(known in text for known in _ECHO_TEXTS)
 
 
 class CauseKind(enum.Enum):
@@ -120,8 +127,7 @@ class Cause:
         """True when this looks like the consequence of another rank's death."""
         if self.kind is not CauseKind.EXCEPTION:
             return False
-        text = self.message.lower()
-        return self.exception_type.rpartition(".")[2] in _ECHO_TYPES or any(known in text for known in _ECHO_TEXTS)
+        return is_echo_of(self.exception_type, self.message)
 
     @property
     def is_users(self) -> bool:
@@ -246,6 +252,13 @@ class Judgement:
     stop_code: int | None = None
 
 
+def story(root: Death, deaths: Sequence[Death]) -> str:
+    """The root, and what failed beside it for reasons of its own: echoes and what is only known to be gone are none."""
+    silent = (CauseKind.LOST, CauseKind.REPLACED)
+    others = [str(d) for d in deaths if d != root and not d.cause.is_echo and d.cause.kind not in silent]
+    return f"{root} (and for reasons of their own: {'; '.join(others[:_MAX_TOLD])})" if others else str(root)
+
+
 def root_of(deaths: Sequence[Death]) -> Death:
     """The death that made the others: the first that is no echo, else the first."""
     return next((death for death in deaths if not death.cause.is_echo), deaths[0])
@@ -255,6 +268,7 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
     """Applies the rules above, in their order: (policy, ledger, evidence) -> (ledger', judgement)."""
     root = root_of(ended.deaths)
     cause = root.cause
+    told = story(root, ended.deaths)
     progressed = ended.reached > ledger.best_step
     after = dataclasses.replace(
         ledger,
@@ -263,36 +277,36 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
     )
 
     if cause.exit_code in _FINAL_CODES:
-        return after, Judgement(root=root, stop_code=cause.exit_code, reason=f"{root}: it asked not to be restarted")
+        return after, Judgement(root=root, stop_code=cause.exit_code, reason=f"{told}: it asked not to be restarted")
 
     free = dataclasses.replace(after, fruitless=0 if progressed else ledger.fruitless)
     if cause.kind is CauseKind.REPLACED:
-        return free, Judgement(root=root, reason=str(root))
-    preempted = Judgement(root=root, stop_code=ExitCode.PREEMPTED, reason=f"{root} after a preemption notice")
+        return free, Judgement(root=root, reason=told)
+    preempted = Judgement(root=root, stop_code=ExitCode.PREEMPTED, reason=f"{told} after a preemption notice")
     if ended.preempted and not cause.is_users:
         return free, preempted
 
     own_code = cause.exit_code or ExitCode.USER_BUG
     if cause.is_users:
         if ended.first and ended.reached == 0:
-            return after, Judgement(root=root, stop_code=own_code, reason=f"{root}, before the first step of the job")
+            return after, Judgement(root=root, stop_code=own_code, reason=f"{told}, before the first step of the job")
         what = (cause.signature, root.step)
         if what in ledger.seen:
-            return after, Judgement(root=root, stop_code=own_code, reason=f"{root}, the same as in an earlier attempt")
+            return after, Judgement(root=root, stop_code=own_code, reason=f"{told}, the same as in an earlier attempt")
         after = dataclasses.replace(after, seen=(*ledger.seen, what)[-_MAX_SIGNATURES:])
 
     if after.fruitless >= policy.max_fruitless:
-        reason = f"{root}; {after.fruitless} attempts in a row brought no step beyond {after.best_step}"
+        reason = f"{told}; {after.fruitless} attempts in a row brought no step beyond {after.best_step}"
         return after, Judgement(root=root, stop_code=ExitCode.NO_PROGRESS, reason=reason)
 
     if ledger.restarts >= policy.max_restarts:
         code = own_code if cause.is_users else ExitCode.INFRASTRUCTURE
-        return after, Judgement(root=root, stop_code=code, reason=f"{root}; all {ledger.restarts} restarts are used up")
+        return after, Judgement(root=root, stop_code=code, reason=f"{told}; all {ledger.restarts} restarts are used up")
 
     if ended.preempted:
         return free, preempted
     after = dataclasses.replace(after, restarts=ledger.restarts + 1)
-    return after, Judgement(root=root, reason=str(root))
+    return after, Judgement(root=root, reason=told)
 
 
 def _integer_or_none(value: object) -> int | None:

@@ -141,12 +141,16 @@ class GenerationEnds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationOver:
-    """All processes of `generation` are gone: nothing more can come from it. `judgement` says what follows."""
+    """All processes of `generation` are gone: nothing more can come from it. `judgement` says what follows.
+
+    `advice` is for people: a host to take out, or nothing.
+    """
 
     generation: int
     deaths: tuple[Death, ...]
     judgement: Judgement
     reached: int
+    advice: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

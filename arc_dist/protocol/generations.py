@@ -33,6 +33,10 @@ newer than every checkpoint: its processes do not train but write that state (*f
 any other, so the same rules keep it whole (all ranks write the same step) and fence what came before. Then the job
 stops: as preempted when nothing is lost, else as a fault of the infrastructure.
 
+**A new supervisor** for a rank means that a launcher started it again, after it ended the old one with a signal or lost
+it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more. Either
+way a notice of preemption is over: it meant those that are gone.
+
 **Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
 a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed
 and would be newer than what it would restore otherwise.
@@ -49,7 +53,7 @@ from collections.abc import Callable
 from typing import Any
 
 from arc_dist.errors import ExitCode
-from arc_dist.protocol import budgets
+from arc_dist.protocol import budgets, hosts
 from arc_dist.protocol.budgets import Cause, CauseKind, Death, Ended
 from arc_dist.protocol.events import (
     Action,
@@ -102,8 +106,21 @@ def _join(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
         return job, f"rank {event.rank} joined", ()
     # Its memory went with the old supervisor, and so did its readiness.
     ready = {rank: inventory for rank, inventory in job.ready.items() if rank != event.rank}
-    job = dataclasses.replace(job, ready=ready)
+    deaths = _with_replaced(job.deaths, event.rank) if job.phase is Phase.ENDING else job.deaths
+    # What was said of a preemption meant the supervisors that are gone: somebody has started the job again.
+    job = dataclasses.replace(job, ready=ready, deaths=deaths, preempted=False)
     return job, f"rank {event.rank} has a new supervisor", (StateMatters(),)
+
+
+def _with_replaced(deaths: tuple[Death, ...], rank: int) -> tuple[Death, ...]:
+    """A launcher ends all ranks when it lost one. Without this the job would be judged by how they were ended."""
+    replaced = Death(rank=rank, cause=Cause(kind=CauseKind.REPLACED))
+    known = next((death for death in deaths if death.rank == rank), None)
+    if known is None:
+        return (*deaths, replaced)
+    if known.cause.kind is CauseKind.LOST or known.cause.signal in _TOLD_TO_GO or known.cause.is_echo:
+        return tuple(replaced if death is known else death for death in deaths)
+    return deaths
 
 
 def _join_running(config: JobConfig, job: Job, event: Joined, now_s: float) -> _Answer:
@@ -308,16 +325,25 @@ def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
     """ENDING -> STARTING of the next generation, or STOPPED: all processes are gone and all evidence is in."""
     ended = Ended(first=job.generation == job.first, deaths=job.deaths, reached=job.reached, preempted=job.preempted)
     ledger, judgement = budgets.judge(config.budget, job.ledger, ended)
-    over = GenerationOver(generation=job.generation, deaths=job.deaths, judgement=judgement, reached=job.reached)
-    job = dataclasses.replace(job, ledger=ledger)
-    is_left_unsaved = judgement.stop_code == ExitCode.PREEMPTED and judgement.root.cause.exit_code != ExitCode.PREEMPTED
+    root = judgement.root
+    blamed, advice = _blame_host(job, root)
+    over = GenerationOver(
+        generation=job.generation, deaths=job.deaths, judgement=judgement, reached=job.reached, advice=advice
+    )
+    job = dataclasses.replace(job, ledger=ledger, blamed=blamed)
+    is_left_unsaved = judgement.stop_code == ExitCode.PREEMPTED and root.cause.exit_code != ExitCode.PREEMPTED
     stop = None
     if job.flushing:
         step = job.plan.step if job.plan else None
-        reason = f"told to go, and step {step} could not be saved from memory: {judgement.root}"
-        stop = Stop(exit_code=ExitCode.INFRASTRUCTURE, reason=reason, blame_rank=judgement.root.rank)
+        reason = f"told to go, and step {step} could not be saved from memory: {root}"
+        stop = Stop(exit_code=ExitCode.INFRASTRUCTURE, reason=reason, blame_rank=root.rank)
     elif judgement.stop_code is not None and not is_left_unsaved:
-        stop = Stop(exit_code=judgement.stop_code, reason=judgement.reason, blame_rank=judgement.root.rank)
+        stop = Stop(
+            exit_code=judgement.stop_code,
+            reason=f"{judgement.reason}; {advice}" if advice else judgement.reason,
+            blame_rank=root.rank,
+            traceback=root.cause.traceback,
+        )
     if stop is not None:
         job, reason, actions = _over(job, stop, now_s)
         return job, reason, (over, *actions)
@@ -332,6 +358,16 @@ def _conclude(config: JobConfig, job: Job, now_s: float) -> _Answer:
         preempted=is_left_unsaved,
     )
     return job, judgement.reason, (over,)
+
+
+def _blame_host(job: Job, root: Death) -> tuple[tuple[hosts.Blamed, ...], str]:
+    """What is held against hosts once this generation is over, and the advice that follows from it."""
+    member = job.members.get(root.rank)
+    if member is None or not hosts.tells_of_host(root.cause):
+        return job.blamed, ""
+    blamed = hosts.with_blamed(job.blamed, hosts.Blamed(generation=job.generation, host=member.host))
+    found = hosts.suspect(blamed, {other.host for other in job.members.values()}, job.generation)
+    return blamed, hosts.advice(*found) if found is not None else ""
 
 
 def _start(config: JobConfig, job: Job, now_s: float) -> _Answer | None:

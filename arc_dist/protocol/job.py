@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from arc_dist.protocol.budgets import BudgetPolicy, Cause, Death, Ledger
+from arc_dist.protocol.hosts import Blamed
 from arc_dist.protocol.pick import Inventory, Known, Plan, Poison, Restored
 
 
@@ -62,11 +63,19 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stop:
-    """Why the job ended without being done."""
+    """Why the job ended without being done.
+
+    Attributes:
+        exit_code: the job's.
+        reason: for people.
+        blame_rank: the rank that failed first, where one did.
+        traceback: of the exception that it failed with, where it was one.
+    """
 
     exit_code: int
     reason: str
     blame_rank: int | None = None
+    traceback: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,7 @@ class Job:
         reached: the furthest committed step that was heard of.
         preempted: a preemption notice came in.
         flushing: the present generation trains no more: it writes what memory holds to the store, and ends.
+        blamed: recent deaths that hosts may have caused; kept across generations.
         committing: steps whose manifest is being written.
         since_s: when the phase began.
         stop: set in STOPPED.
@@ -103,6 +113,7 @@ class Job:
     reached: int = 0
     preempted: bool = False
     flushing: bool = False
+    blamed: tuple[Blamed, ...] = ()
     committing: frozenset[int] = frozenset()
     since_s: float = 0.0
     stop: Stop | None = None
@@ -136,6 +147,7 @@ def durable(job: Job) -> dict[str, Any]:
         "reached": job.reached,
         "preempted": job.preempted,
         "flushing": job.flushing,
+        "blamed": [dataclasses.asdict(entry) for entry in job.blamed],
         "stop": dataclasses.asdict(job.stop) if job.stop else None,
     }
 
@@ -173,5 +185,6 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
         reached=int(record["reached"]),
         preempted=bool(record["preempted"]),
         flushing=bool(record.get("flushing", False)),
+        blamed=tuple(Blamed(**entry) for entry in record.get("blamed", ())),
         since_s=now_s,
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from arc_dist.errors import ExitCode
+from arc_dist.protocol import budgets
 from arc_dist.supervisor import process
 
 _OWN_DECISIONS = {
@@ -15,10 +16,6 @@ _OWN_DECISIONS = {
     int(ExitCode.NO_PROGRESS): "gave up for lack of progress",
     int(ExitCode.CONFIGURATION): "cannot run as it is configured",
 }
-
-# How gloo, NCCL and the store report that a peer went away. Such an exception is an echo of another rank's death.
-_PEER_LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "PeerLost")
-_PEER_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +39,15 @@ class Cause:
         """The trainer failed because a peer was gone, so the peer's death is the cause to report first."""
         if self.exception is None:
             return False
-        kind = str(self.exception.get("type", "")).rpartition(".")[2]
-        message = str(self.exception.get("message", ""))
-        return kind in _PEER_LOST_TYPES or any(words in message for words in _PEER_LOST_WORDS)
+        return budgets.is_echo_of(str(self.exception.get("type", "")), str(self.exception.get("message", "")))
+
+    def after_notice(self, number: int | None) -> Cause:
+        """What to report of a trainer that ended after signal `number` told it to.
+
+        How a script takes that is its own affair, and no bug; what it decided as a guard (preempted, say) stands.
+        """
+        own_end = self.kind in ("exception", "exit") and self.returncode not in _OWN_DECISIONS
+        return Cause(kind="signal", returncode=-number) if own_end and number is not None else self
 
     def to_wire(self) -> dict[str, Any]:
         """The form that the coordinator reads."""

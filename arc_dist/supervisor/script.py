@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from arc_dist.config import Env
 from arc_dist.errors import ArcError, ConfigError
+from arc_dist.protocol import budgets
 from arc_dist.snapshot import layout
 
 _MAX_TRACEBACK_CHARS = 64 * 1024
@@ -176,9 +177,10 @@ def _note(error: BaseException) -> None:
     directory = env.shm_dir
     if directory is None or isinstance(error, KeyboardInterrupt):
         return
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    error = _telling(error)
     kind = type(error)
     home = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
-    text = "".join(traceback.format_exception(kind, error, error.__traceback__))
     try:
         layout.write_exception(
             directory,
@@ -193,6 +195,24 @@ def _note(error: BaseException) -> None:
         )
     except OSError as problem:
         sys.stderr.write(f"[arc] could not note the exception for the supervisor in {directory}: {problem}\n")
+
+
+def _telling(error: BaseException) -> BaseException:
+    """The exception of a chain that tells whose fault it was: the outermost, or the one that it all began with.
+
+    A script may wrap the loss of a peer into an error of its own, and the loss of a peer may be what its clean-up
+    meets after its own error. Either way the beginning tells whether this rank failed first.
+    """
+    first = error
+    seen = {id(first)}
+    while True:
+        before = first.__cause__ or (None if first.__suppress_context__ else first.__context__)
+        if before is None or id(before) in seen:
+            break
+        first = before
+        seen.add(id(first))
+    outer, inner = (budgets.is_echo_of(type(one).__name__, str(one)) for one in (error, first))
+    return first if outer != inner and not isinstance(error, ArcError) else error
 
 
 def _last_step(directory: Path) -> int | None:

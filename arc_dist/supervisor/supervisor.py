@@ -95,9 +95,16 @@ class Client(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How the supervisor itself is to end: with an exit code, or (negative) by the signal that ended the trainer."""
+    """How the supervisor itself is to end.
+
+    Attributes:
+        returncode: an exit code, or minus the signal that ended the trainer.
+        was_told: a signal told it to end, so that the code says nothing about the script: a launcher ends all ranks
+            when it lost one, and the others then fail as they may.
+    """
 
     returncode: int
+    was_told: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -425,12 +432,13 @@ class Supervisor:
             if cause.kind == "finished":
                 self._client.finished(rank=self._setup.rank, generation=trainer.generation)
             else:
-                self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer)))
+                told = cause.after_notice(self._leaving_by)
+                self._client.died(**self._death(trainer, told, self._trainers.last_step(trainer)))
                 if self.was_preempted:
                     self._conclude_preemption(trainer.generation)
         if self._departure.is_notice(-trainer.returncode) and self._departure.costs_nothing(trainer):
-            return Ending(int(ExitCode.PREEMPTED))
-        return Ending(trainer.returncode)
+            return Ending(int(ExitCode.PREEMPTED), was_told=True)
+        return Ending(trainer.returncode, was_told=True)
 
     def _conclude_preemption(self, generation: int) -> None:
         """Says that nothing runs here any more, so that the other ranks are told to stop without a time-out."""
@@ -442,6 +450,9 @@ class Supervisor:
         code = int(directive["exit_code"])
         log = logger.error if self._setup.rank == 0 else logger.debug
         reason = directive.get("reason", "no reason given")
+        if directive.get("traceback"):
+            # Every rank's own traceback is far above by now, among the echoes; this is the one to read.
+            log("what rank %s failed with first:\n%s", directive["blame_rank"], directive["traceback"].rstrip())
         log("the job stops (%s): %s", process.describe_status(code), reason)
         if self._incident is not None and self._incident.cause.returncode != ExitCode.PREEMPTED:
             with self._tolerating_coordinator("the incident was not recorded"):
