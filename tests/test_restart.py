@@ -107,7 +107,7 @@ def test_a_bug_in_the_script_is_not_retried_for_ever(tmp_path):
     toy = Toy(kind="ddp", steps=20)
     results, output = job(tmp_path, toy, 2, raises={"1": 9}, code=1)
     assert results == []
-    assert 1 <= output.count("the script's own bug at step 9\n") <= 4, output
+    assert 1 <= output.count("the script's own bug at step 9\n") <= 5, output  # two attempts, and the last word
 
 
 def test_the_first_failure_is_named_and_its_traceback_comes_last(tmp_path):

@@ -188,6 +188,17 @@ def test_a_store_that_cannot_be_reached_is_infrastructure(monkeypatch: pytest.Mo
         rendezvous.Meeting(member)
 
 
+def test_a_port_that_is_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_STORE_TIMEOUT_S", 5.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        member = Membership(rank=0, world_size=2, store_host="127.0.0.1", store_port=port)
+        with pytest.raises(InfrastructureError, match=f"127.0.0.1:{port} cannot be served.*MASTER_PORT"):
+            rendezvous.Meeting(member)
+
+
 def _raised(body: Callable[[], object]) -> BaseException:
     with pytest.raises(Exception) as caught:
         body()

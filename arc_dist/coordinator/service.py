@@ -307,7 +307,8 @@ class Coordinator:
         line = {key: value for key, value in body.items() if key not in ("epoch", "sender")}
         if self._run_dir is None:
             return {"recorded": False}
-        append_incident(self._run_dir, line)
+        # Hosts' clocks differ: what the lines of several hosts are put in order by is read from one of them.
+        append_incident(self._run_dir, {**line, "heard_at": time.time()})
         return {"recorded": True}
 
     def _status(self, fields: Fields) -> dict[str, Any]:
@@ -361,7 +362,7 @@ class Coordinator:
         if self._run_dir is None:
             return
         try:
-            append_incident(self._run_dir, line)
+            append_incident(self._run_dir, {**line, "heard_at": time.time()})
         except OSError as error:
             logger.warning("%s is not in the incident file: %s", line["kind"], error)
 

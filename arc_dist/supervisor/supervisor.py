@@ -450,7 +450,7 @@ class Supervisor:
         code = int(directive["exit_code"])
         log = logger.error if self._setup.rank == 0 else logger.debug
         reason = directive.get("reason", "no reason given")
-        if directive.get("traceback"):
+        if directive.get("traceback") and self._setup.uses_store:
             # Every rank's own traceback is far above by now, among the echoes; this is the one to read.
             log("what rank %s failed with first:\n%s", directive["blame_rank"], directive["traceback"].rstrip())
         log("the job stops (%s): %s", process.describe_status(code), reason)

@@ -32,7 +32,12 @@ def read_lines(run_dir: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError:
             continue  # the job was killed while this line was being written
-    return sorted(lines, key=lambda line: line.get("time", 0.0))
+    return sorted(lines, key=_heard_at)
+
+
+def _heard_at(line: dict[str, Any]) -> float:
+    """When a line was written, on the clock of the one host that wrote them all, where that is known."""
+    return line.get("heard_at", line.get("time", 0.0))
 
 
 def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -60,13 +65,19 @@ def _attach_resumption(incident: dict[str, Any], resumed: Iterable[dict[str, Any
     if incident.get("kind") != "rank_died":
         return
     for line in resumed:
-        if line["generation"] > incident.get("generation", -1) and line["time"] >= incident["time"] - 1.0:
-            died_at = incident.get("died_at", incident["time"])
-            incident["resumed_after_s"] = line["time"] - died_at
+        if line["generation"] > incident.get("generation", -1) and _heard_at(line) >= _heard_at(incident) - 1.0:
+            incident["resumed_after_s"] = _heard_at(line) - _died_at(incident)
             incident["steps_lost"] = max(0, incident.get("step", line["restored_step"]) - line["restored_step"])
             incident["restored_step"] = line["restored_step"]
             incident["tier"] = line.get("tier")
             return
+
+
+def _died_at(incident: dict[str, Any]) -> float:
+    """The death's time on the clock of `_heard_at`; its supervisor told of it when the next process was forked."""
+    if "heard_at" in incident and incident.get("resumed_after_s") is not None:
+        return incident["heard_at"] - incident["resumed_after_s"]
+    return incident.get("died_at", incident["time"])
 
 
 def _seconds(value: Any) -> str:
