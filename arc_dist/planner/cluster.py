@@ -209,7 +209,7 @@ def arc_plan(cluster: Cluster, interval_s: Mapping[str, float]) -> Plan:
             name=tier.name,
             interval_s=interval_s.get(tier.name, _LONGEST_S),
             stall_s=cluster.stall_s + cluster.drag * cluster.write_s(tier),
-            write_s=cluster.write_s(tier),
+            write_s=_CERTIFY_STEPS * cluster.step_s + cluster.write_s(tier),  # only what is trusted is written
             restore_s=cluster.write_s(tier),
         )
         for tier in cluster.tiers
@@ -217,7 +217,7 @@ def arc_plan(cluster: Cluster, interval_s: Mapping[str, float]) -> Plan:
     shared = frozenset(tier.name for tier in cluster.tiers if not tier.is_local)
     disks = shared | {tier.name for tier in cluster.tiers if tier.is_local}
     peers = frozenset({MEMORY}) if cluster.peer_copies else frozenset[str]()
-    last_s = cluster.stall_s + tiers[-1].write_s
+    last_s = cluster.stall_s + cluster.write_s(cluster.tiers[-1])
     return _reachable(
         Plan(
             name="arc-dist",
@@ -327,8 +327,8 @@ def check_interval(name: str, interval_s: float, write_s: float) -> None:
         raise ConfigError(f"the interval of {name} must be above 0, and a time.")
     if interval_s < write_s:
         raise ConfigError(
-            f"{name} every {format_time(interval_s)}: making one takes {format_time(write_s)}. Give a longer interval or"
-            " a faster place."
+            f"{name} every {format_time(interval_s)}: making one takes {format_time(write_s)}. Give a longer interval"
+            " or a faster place."
         )
 
 

@@ -38,7 +38,7 @@ def _header(cluster: Cluster, answer: Forecast) -> str:
     )
     lines = [
         job,
-        f"a fault every {format_time(answer.job_mtbf_s)}" + (f": {kinds}" if kinds else ""),
+        f"a fault every {format_time(answer.job_mtbf_s)}: {kinds}" if kinds else "no faults",
         f"a snapshot stops training for {format_time(cluster.stall_s)}; one checkpoint takes "
         + ", ".join(f"{format_time(cluster.write_s(tier))} to {tier.name}" for tier in cluster.tiers),
     ]
@@ -67,9 +67,8 @@ def _losses(arm: Arm) -> str:
 
 
 def _fault_table(answer: Forecast) -> str:
-    rows: list[Sequence[str]] = [
-        ("fault", "per life", *(f"{arm.plan.name}: {what}" for arm in answer.arms for what in ("redone", "down")))
-    ]
+    heads = [f"{arm.plan.name}: {what}" for arm in answer.arms for what in ("redone", "down")]
+    rows: list[Sequence[str]] = [("fault", "per life", *heads)]
     for name in dict.fromkeys(name for arm in answer.arms for name in arm.faults):
         costs = [arm.faults.get(name, {}) for arm in answer.arms]
         shares = [f"{cost.get(what, 0.0):.2%}" for cost in costs for what in ("lost_work", "down")]
@@ -80,7 +79,7 @@ def _fault_table(answer: Forecast) -> str:
 
 
 def _intervals(answer: Forecast) -> str:
-    rows = [("interval", "simulated", "best found", "Young")]
+    rows: list[Sequence[str]] = [("interval", "simulated", "best found", "Young")]
     for arm in answer.arms:
         for copy in arm.plan.copies:
             if not copy.is_fixed:
@@ -98,6 +97,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _plot(answer: Forecast) -> str:
     """Goodput over the interval of the last place, both arms, on a logarithmic axis."""
+    if math.isinf(answer.job_mtbf_s):
+        return "nothing ever fails: the fewer copies the better"
     points = [(x, y, mark) for arm, mark in zip(answer.arms, _MARKS) for x, y in arm.curve]
     low_x, high_x = min(x for x, _, _ in points), max(x for x, _, _ in points)
     low_y, high_y = min(y for _, y, _ in points), max(y for _, y, _ in points)
