@@ -223,7 +223,7 @@ class _Life:
         begin_s, index = 0.0, 0
         while True:
             stretch = Stretch(self._plan.copies, self._work_s, [held == self._work_s for held in self._held])
-            while index < len(trace) and trace[index][0] <= begin_s:
+            while index < len(trace) and trace[index][0] < begin_s:
                 index += 1
             if index >= len(trace) or trace[index][0] >= self._end_s:
                 self._work_s += self._train(stretch, self._end_s - begin_s)
