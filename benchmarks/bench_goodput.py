@@ -1,9 +1,10 @@
 """Goodput of a real job whose ranks are killed at random, and what the model of `arc simulate` predicts for it.
 
 Each arm is one job. Its time is cut into blocks of two windows. In the first, nothing happens but a few kills at its
-end: it measures the step time, what snapshots and checkpoints cost, and how long a restart takes. In the second, a
-random rank is killed every few seconds, and goodput is measured: committed steps x undisturbed step time / wall time.
-The model gets what the first windows measured and the moments of the kills, nothing else of the second windows.
+end, which measure what a restart costs. In the second, a random rank is killed every few seconds, and goodput is
+measured: committed steps x undisturbed step time / wall time. The step time, and what copies cost, come from all steps
+long after a restart, so that other load on the machine, which drifts, weighs on both alike. The model gets these, what
+restarts cost in the first windows, and the moments of the kills in the second.
 
     python benchmarks/bench_goodput.py                          # DDP and FSDP2
     python benchmarks/bench_goodput.py --arms ddp fsdp torchrun # and plain torchrun with torch.save
@@ -62,7 +63,7 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What was measured while nothing happened, in seconds."""
+    """What the model is told, in seconds."""
 
     step_s: float
     snapshot_stall_s: float
@@ -174,19 +175,17 @@ def running(arm: str, arguments: argparse.Namespace) -> Iterator[Job]:
             job.end()
 
 
-def quiet_window(job: Job, seconds: float, rng: random.Random) -> tuple[Window, list[float]]:
-    """Nothing happens, then a few kills; returns the window, and from each kill until all was settled.
+def quiet_window(job: Job, seconds: float, rng: random.Random) -> list[float]:
+    """Nothing happens, then a few kills; returns the seconds from each kill until all was settled.
 
     The first steps of new processes are slower than later ones, so what a restart costs is seen only after some.
     """
-    begin_s = time.monotonic()
     time.sleep(seconds)
-    end_s = time.monotonic()
     settled: list[float] = []
     for _ in range(RESTARTS):
         killed_s = job.kill(rng)
         settled.append(job.wait_for_steps(job.num_settled, RECOVERY_LIMIT_S)[job.num_settled - 1] - killed_s)
-    return Window(begin_s, end_s, []), settled
+    return settled
 
 
 def killing_window(job: Job, seconds: float, every_s: float, rng: random.Random) -> Window:
@@ -206,27 +205,31 @@ def killing_window(job: Job, seconds: float, every_s: float, rng: random.Random)
     return window
 
 
-def step_times(job: Job, window: Window) -> list[tuple[int, float]]:
-    """(step, seconds it took) of rank 0 in a window without kills."""
-    lines = [line for line in job.lines if line.rank == 0 and window.begin_s <= line.at_s <= window.end_s]
-    return [(after.step, after.at_s - before.at_s) for before, after in itertools.pairwise(lines)]
+def step_times(job: Job) -> list[tuple[int, float]]:
+    """(step, seconds it took) of rank 0, for the steps of processes that have settled."""
+    times: list[tuple[int, float]] = []
+    num_of_pid = 0
+    for before, after in itertools.pairwise(line for line in job.lines if line.rank == 0):
+        num_of_pid = num_of_pid + 1 if after.pid == before.pid else 0
+        if num_of_pid >= job.num_settled:
+            times.append((after.step, after.at_s - before.at_s))
+    return times
 
 
-def measured_inputs(job: Job, quiet: list[tuple[Window, list[float]]], arguments: argparse.Namespace) -> Inputs:
-    """From the quiet windows: means, because goodput is a matter of sums.
+def measured_inputs(job: Job, settled: list[float], arguments: argparse.Namespace) -> Inputs:
+    """Means, because goodput is a matter of sums.
 
     A copy's cost is what a whole cycle of copies took beyond as many steps without any; it contains what its
     certification and its writing in the background cost. A restart's is what the steps until all was settled took
     beyond as many steps, with copies, of other times.
     """
-    times = [pair for window, _ in quiet for pair in step_times(job, window)]
+    times = step_times(job)
     is_plain = job.arm == "torchrun"
     every = arguments.checkpoint_every if is_plain else arguments.snapshot_every
     step_s = statistics.fmean(seconds for step, seconds in times if step % every >= CERTIFY_STEPS + 2)
     mean_s = statistics.fmean(seconds for _, seconds in times)
     stall_s = max(0.0, (mean_s - step_s) * every)
-    settled_s = statistics.fmean(seconds for _, of_window in quiet for seconds in of_window)
-    restart_s = max(0.0, settled_s - job.num_settled * mean_s)
+    restart_s = max(0.0, statistics.fmean(settled) - job.num_settled * mean_s)
     return Inputs(step_s, 0.0 if is_plain else stall_s, stall_s if is_plain else 0.0, restart_s)
 
 
@@ -283,14 +286,14 @@ def predicted_goodput(plan: Plan, windows: list[Window]) -> float:
 
 def run_arm(arm: str, arguments: argparse.Namespace, rng: random.Random) -> bool:
     """Measures and predicts one arm, prints its rows; whether they agree within the tolerance."""
-    quiet: list[tuple[Window, list[float]]] = []
+    settled: list[float] = []
     hurt: list[Window] = []
     with running(arm, arguments) as job:
         for _ in range(arguments.blocks):
-            quiet.append(quiet_window(job, arguments.window_s, rng))
+            settled += quiet_window(job, arguments.window_s, rng)
             hurt.append(killing_window(job, arguments.window_s, arguments.every_s, rng))
         job.read()
-        inputs = measured_inputs(job, quiet, arguments)
+        inputs = measured_inputs(job, settled, arguments)
         measured = measured_goodput(job, hurt, inputs.step_s)
     predicted = predicted_goodput(plan_of(arm, inputs, arguments), hurt)
     kills = sum(len(window.kills) for window in hurt)

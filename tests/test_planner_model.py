@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,65 +24,63 @@ def one_tier(*, interval_s: float, stall_s: float, down_s: float) -> Plan:
     return Plan(name="p", copies=(copy,), faults=(fault,))
 
 
-def naive(plan: Plan, faults: list[tuple[int, str]], duration_s: int) -> float:
-    """Useful work after a life in which all times are whole seconds, played second by second."""
-    kinds = {fault.name: fault for fault in plan.faults}
-    strikes: dict[int, list[str]] = {}
-    for at, name in faults:
-        strikes.setdefault(at, []).append(name)
-    held: dict[str, int | None] = {copy.name: 0 for copy in plan.copies}
-    due: dict[str, int] = {}
-    work, ready, stalled, writing = 0, 0, [], []
+class Naive:
+    """A life in which all times but `write_s` are whole seconds, played second by second."""
 
-    def begin() -> None:
-        for copy in plan.copies:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.faults = {fault.name: fault for fault in plan.faults}
+        self.held: dict[str, int | None] = {copy.name: 0 for copy in plan.copies}
+        self.work = self.ready_at = 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.due: dict[str, int] = {}
+        self.stalled: list[list[Any]] = []  # copy, seconds left
+        self.written: list[tuple[float, str, int]] = []  # when, copy, work it holds
+        for copy in self.plan.copies:
             every = int(copy.interval_s)
             if copy.at_multiples:
-                due[copy.name] = (work // every + 1) * every
+                self.due[copy.name] = (self.work // every + 1) * every
             else:
-                due[copy.name] = work + every if held[copy.name] == work else work
+                self.due[copy.name] = self.work + every if self.held[copy.name] == self.work else self.work
 
-    begin()
-    for now in range(duration_s):
-        if now in strikes and now > 0:
-            if now < ready:
-                names = [name for name in strikes[now] if kinds[name].while_idle]
-            else:
-                names = strikes[now][:1]
-            for name in names:
-                for done_at, copy, contents in writing:
-                    if done_at <= now:
-                        held[copy] = contents
-                fault = kinds[name]
-                for copy in held:
-                    if copy not in fault.survivors:
-                        held[copy] = None
-                left = [(value, -c.restore_s) for c in plan.copies if (value := held[c.name]) is not None]
-                best = max(left, default=(0, 0))
-                work = best[0]
-                ready = now + int(fault.detect_s + fault.restart_s - best[1])
-                stalled, writing = [], []
-                begin()
-        if now < ready:
-            continue
-        if now == ready and now > 0:
-            begin()
-        if not stalled:
-            for copy in plan.copies:
-                if due[copy.name] == work:
-                    due[copy.name] += int(copy.interval_s)
-                    stalled.append([copy.name, int(copy.stall_s), copy.write_s])
-        while stalled and stalled[0][1] == 0:
-            name, _, write = stalled.pop(0)
-            writing.append((now + write, name, work))
-        if stalled:
-            stalled[0][1] -= 1
-            if stalled[0][1] == 0:
-                name, _, write = stalled.pop(0)
-                writing.append((now + 1 + write, name, work))
-            continue
-        work += 1
-    return work
+    def strike(self, now: int, fault: Fault) -> None:
+        for at, name, contents in self.written:
+            if at <= now:
+                self.held[name] = contents
+        self.held = {name: held if name in fault.survivors else None for name, held in self.held.items()}
+        left = [(held, -copy.restore_s) for copy in self.plan.copies if (held := self.held[copy.name]) is not None]
+        self.work, restore = max(left, default=(0, 0))
+        self.ready_at = now + int(fault.detect_s + fault.restart_s - restore)
+        self.begin()
+
+    def second(self, now: int) -> None:
+        copies = {copy.name: copy for copy in self.plan.copies}
+        if not self.stalled:
+            for name, copy in copies.items():
+                if self.due[name] == self.work:
+                    self.due[name] += int(copy.interval_s)
+                    self.stalled.append([name, int(copy.stall_s)])
+        if not self.stalled:
+            self.work += 1
+            return
+        self.stalled[0][1] -= 1
+        if self.stalled[0][1] == 0:
+            name, _ = self.stalled.pop(0)
+            self.written.append((now + 1 + copies[name].write_s, name, self.work))
+
+
+def naive(plan: Plan, faults: list[tuple[int, str]], duration: int) -> float:
+    """Useful work after a life."""
+    life, strikes = Naive(plan), dict(faults)
+    for now in range(duration):
+        fault = life.faults[strikes[now]] if now in strikes else None
+        if fault is not None and (now >= life.ready_at or fault.while_idle):
+            life.strike(now, fault)
+        if now >= life.ready_at:
+            life.second(now)
+    return life.work
 
 
 @settings(max_examples=200, deadline=None)
@@ -137,14 +136,18 @@ def test_every_second_is_accounted_for_once(
         Fault(name="away", survivors=left, detect_s=0.0, restart_s=300.0, save_s=save_s),
     )
     plan = Plan(name="x", copies=(memory, disk), faults=faults, spares=spares, repair_s=2000.0)
-    rates = [FaultRate(name=name, num_units=1, mtbf_s=mtbf_s) for name, mtbf_s in (("p", 300), ("n", 900), ("away", 4e3))]
+    rates = [
+        FaultRate(name=name, num_units=1, mtbf_s=mtbf_s) for name, mtbf_s in (("p", 300), ("n", 900), ("away", 4e3))
+    ]
     account = live(plan, trace(rates, 20_000.0, str(seed)), 20_000.0)
     assert sum(account.parts().values()) == pytest.approx(1.0, abs=1e-9)
     assert all(share >= -1e-12 for share in account.parts().values())
     assert account.num_faults > 0
     assert sum(c.lost_work_s for c in account.faults.values()) == pytest.approx(account.redone_s)
     down_s = account.detect_s + account.wait_s + account.restart_s + account.restore_s
-    assert sum(c.down_s for c in account.faults.values()) == pytest.approx(down_s + account.stall_s.get("last save", 0.0))
+    assert sum(c.down_s for c in account.faults.values()) == pytest.approx(
+        down_s + account.stall_s.get("last save", 0.0)
+    )
 
 
 def test_a_stretch_counts_work_copies_and_stalls_in_order() -> None:
@@ -164,9 +167,7 @@ def played(plan: Plan, faults: list[tuple[float, str]], duration_s: float = 10_0
 
 def test_jobs_wait_for_a_node_only_when_no_spare_is_left() -> None:
     copy = Copy(name="d", interval_s=1e6, stall_s=0.0, write_s=0.0, restore_s=0.0)
-    fault = Fault(
-        name="n", survivors=frozenset({"d"}), detect_s=10.0, restart_s=20.0, while_idle=True, takes_node=True
-    )
+    fault = Fault(name="n", survivors=frozenset({"d"}), detect_s=10.0, restart_s=20.0, while_idle=True, takes_node=True)
     plan = Plan(name="p", copies=(copy,), faults=(fault,), spares=1, repair_s=1000.0)
     assert played(plan, [(100.0, "n")]).wait_s == 0.0
     assert played(plan, [(100.0, "n"), (500.0, "n")]).wait_s == pytest.approx(1100.0 - 510.0)
@@ -214,7 +215,9 @@ def test_faults_come_as_often_as_said(shape: float) -> None:
 
 
 def test_weibull_below_one_brings_early_failures_of_new_nodes() -> None:
-    early = [len(trace([FaultRate(name="n", num_units=20_000, mtbf_s=1e6, shape=s)], 1e4, "1")) for s in (0.7, 1.0, 1.5)]
+    early = [
+        len(trace([FaultRate(name="n", num_units=20_000, mtbf_s=1e6, shape=s)], 1e4, "1")) for s in (0.7, 1.0, 1.5)
+    ]
     assert early[0] > 1.5 * early[1] > 3.0 * early[2] > 0
 
 

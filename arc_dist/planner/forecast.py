@@ -15,8 +15,8 @@ from arc_dist.planner.model import Account, Plan, live
 from arc_dist.planner.search import Search
 from arc_dist.planner.units import YEAR_S, format_time
 
-_SEARCH_FAULTS = 3000
-_CURVE_POINTS = 15
+_SEARCH_FAULTS = 2000
+_CURVE_POINTS = 13
 _CURVE_REACH = 16.0  # the curve goes from the best interval by this factor down and up
 _LONGEST_INTERVAL_S = YEAR_S
 

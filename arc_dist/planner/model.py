@@ -159,20 +159,25 @@ class Stretch:
         # A lower bound of the work done: up to it, every copy that was due is finished. The rest is a few steps.
         sure_s = (elapsed_s - self._sum_stalls_s) / self._slowness
         stalled_s = 0.0
+        due: list[tuple[float, int]] = []
         for k in self._stalling:
-            counts[k] = max(0, int((sure_s - first_s[k]) / copies[k].interval_s))
-            stalled_s += counts[k] * copies[k].stall_s
+            copy = copies[k]
+            count = int((sure_s - first_s[k]) / copy.interval_s) if sure_s > first_s[k] else 0
+            counts[k] = count
+            stalled_s += count * copy.stall_s
+            due.append((first_s[k] + count * copy.interval_s, k))
         work_s, into_s, during = elapsed_s - stalled_s, 0.0, None
-        while self._stalling:
-            due_s, k = min((first_s[k] + counts[k] * copies[k].interval_s, k) for k in self._stalling)
-            if due_s + stalled_s >= elapsed_s:
+        while due:
+            next_s, k = min(due)
+            if next_s + stalled_s >= elapsed_s:
                 work_s = elapsed_s - stalled_s
                 break
-            if due_s + stalled_s + copies[k].stall_s > elapsed_s:
-                work_s, into_s, during = due_s, elapsed_s - due_s - stalled_s, k
+            if next_s + stalled_s + copies[k].stall_s > elapsed_s:
+                work_s, into_s, during = next_s, elapsed_s - next_s - stalled_s, k
                 break
             counts[k] += 1
             stalled_s += copies[k].stall_s
+            due[self._stalling.index(k)] = (first_s[k] + counts[k] * copies[k].interval_s, k)
         for k, copy in enumerate(copies):
             if copy.stall_s == 0 and work_s >= first_s[k]:
                 counts[k] = int((work_s - first_s[k]) / copy.interval_s) + 1
@@ -183,7 +188,7 @@ class Stretch:
         held: list[float | None] = []
         for k, copy in enumerate(self._copies):
             by_s = elapsed_s - copy.write_s
-            count = self.at(by_s)[1][k] if by_s > 0 else 0
+            count = self.at(by_s)[1][k] if by_s > self._first_s[k] else 0
             held.append(self._first_s[k] + (count - 1) * copy.interval_s if count else None)
         return held
 

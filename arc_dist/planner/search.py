@@ -9,8 +9,8 @@ from arc_dist.planner.closed_form import young_interval_s
 from arc_dist.planner.faults import FaultRate, trace
 from arc_dist.planner.model import Copy, Plan, live
 
-_COARSE = (0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0)
-_FINE = (0.8, 0.9, 1.0, 1.12, 1.25)
+_COARSE = (0.25, 0.4, 0.63, 1.6, 2.5, 4.0)
+_FINE = (0.8, 0.9, 1.12, 1.25)
 _NUM_INTERVALS = 10.0  # with no faults at all, this many times the longest interval is played
 _WORTH = 1e-3  # share of what is lost that another interval has to save to be preferred
 
@@ -61,7 +61,7 @@ class Search:
         """
         best = plan.with_intervals({**self.young(plan, shortest_s, longest_s), **given_s})
         best_goodput = self.goodput(best)
-        for factors in (_COARSE, _FINE, _FINE):
+        for factors in (_COARSE, _FINE):
             for copy in _free(plan):
                 if copy.name in given_s:
                     continue
