@@ -213,6 +213,8 @@ def test_what_a_fault_leaves_decides_where_the_job_goes_on_from(capsys: pytest.C
     tiers = ("--tiers", "nvme=2GB/s,s3=1GB/s", "--mtbf-node", "30d", "--persist", "s3=6h")
     lost, _ = simulate(capsys, *SMALL, *tiers)["arms"]
     assert "nvme" not in lost["interval_s"]  # no fault is recovered from there, so it is not written
+    assert cli.main(["simulate", *SMALL, *tiers]) == 0
+    assert "left out, as none of these faults is recovered from there: nvme" in capsys.readouterr().out
     rebooted, _ = simulate(capsys, *SMALL, *tiers, "--reboot-share", "1")["arms"]
     assert "nvme" in rebooted["interval_s"]
     assert rebooted["faults"]["reboot"]["lost_work"] < 0.2 * lost["faults"]["node"]["lost_work"]

@@ -44,6 +44,10 @@ def _header(cluster: Cluster, answer: Forecast) -> str:
     ]
     if cluster.spares is None:
         lines.append("a spare node is always there (--spares gives their number)")
+    used = {copy.name for copy in answer.arms[0].plan.copies}
+    unused = [tier.name for tier in cluster.tiers if tier.name not in used]
+    if unused:
+        lines.append(f"left out, as none of these faults is recovered from there: {', '.join(unused)}")
     return "\n".join(lines)
 
 
