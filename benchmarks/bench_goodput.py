@@ -37,6 +37,10 @@ RESTARTS = 3  # measured at the end of each quiet window
 CERTIFY_STEPS = 2
 
 
+class NoStepError(Exception):
+    """A job did not start, or did not go on after a kill."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One committed step of one rank."""
@@ -131,7 +135,7 @@ class Job:
                 break
             time.sleep(0.01)
         text = "\n".join(self.output_path.read_text(errors="replace").splitlines()[-60:])
-        raise SystemExit(f"the {self.arm} job made no step within {limit_s:.0f} s. Its last words:\n{text}")
+        raise NoStepError(f"the {self.arm} job made no step within {limit_s:.0f} s. Its last words:\n{text}")
 
     def kill(self, rng: random.Random) -> float:
         """SIGKILLs the process of a random rank, once all are settled since the last kill; returns when.
@@ -217,7 +221,7 @@ def step_times(job: Job) -> list[tuple[int, float]]:
 
 
 def measured_inputs(job: Job, settled: list[float], arguments: argparse.Namespace) -> Inputs:
-    """Means, because goodput is a matter of sums.
+    """Means, because goodput is a matter of sums; the median of restarts, which are few and have outliers under load.
 
     A copy's cost is what a whole cycle of copies took beyond as many steps without any; it contains what its
     certification and its writing in the background cost. A restart's is what the steps until all was settled took
@@ -229,7 +233,7 @@ def measured_inputs(job: Job, settled: list[float], arguments: argparse.Namespac
     step_s = statistics.fmean(seconds for step, seconds in times if step % every >= CERTIFY_STEPS + 2)
     mean_s = statistics.fmean(seconds for _, seconds in times)
     stall_s = max(0.0, (mean_s - step_s) * every)
-    restart_s = max(0.0, statistics.fmean(settled) - job.num_settled * mean_s)
+    restart_s = max(0.0, statistics.median(settled) - job.num_settled * mean_s)
     return Inputs(step_s, 0.0 if is_plain else stall_s, stall_s if is_plain else 0.0, restart_s)
 
 
@@ -328,7 +332,15 @@ def main() -> None:
         f"setting: {setting()}; {arguments.ranks} ranks, seed {arguments.seed}; a kill every {arguments.every_s} s,"
         f" a snapshot every {arguments.snapshot_every} steps, a checkpoint every {arguments.checkpoint_every}"
     )
-    agree = [run_arm(arm, arguments, random.Random(f"{arguments.seed}:{arm}")) for arm in arguments.arms]
+    agree: list[bool] = []
+    for arm in arguments.arms:
+        try:
+            agree.append(run_arm(arm, arguments, random.Random(f"{arguments.seed}:{arm}")))
+        except NoStepError as error:
+            if arm != "torchrun":
+                raise SystemExit(str(error)) from error
+            # Its restarts do not always succeed (bench_restart.py counts them); there is no goodput to compare then.
+            print(f"{arm:9} did not go on after a kill: {str(error).splitlines()[0]}", flush=True)
     print(f"within {arguments.tolerance:.0%}: {sum(agree)} of {len(agree)}")
     if not all(agree):
         sys.exit(1)
