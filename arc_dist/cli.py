@@ -35,6 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from arc_dist.checkpoint_store import commands
+    from arc_dist.planner import commands as planner_commands
     from arc_dist.telemetry import report
 
     parser = _Parser(
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     commands.add_commands(subparsers)
     report.add_command(subparsers)
+    planner_commands.add_command(subparsers)
     return parser
 
 
