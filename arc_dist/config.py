@@ -32,6 +32,9 @@ class Env:
     store: str | None = None  # ARC_STORE, for users: the default of Arc(store=...)
     log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
     max_restarts: int = 100  # ARC_MAX_RESTARTS, for users: bound on restarts for infrastructure faults
+    tls_cert: Path | None = None  # ARC_TLS_CERT, for users: the certificate that the coordinator shows, PEM
+    tls_key: Path | None = None  # ARC_TLS_KEY, for users: its key, PEM, without a passphrase
+    tls_ca: Path | None = None  # ARC_TLS_CA, for users: who vouches for that certificate, PEM
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -66,6 +69,9 @@ class Env:
             store=env.get("ARC_STORE") or None,
             log_level=env.get("ARC_LOG_LEVEL", "info").lower(),
             max_restarts=_integer(env, "ARC_MAX_RESTARTS", 100),
+            tls_cert=_path(env, "ARC_TLS_CERT"),
+            tls_key=_path(env, "ARC_TLS_KEY"),
+            tls_ca=_path(env, "ARC_TLS_CA"),
             rank=_integer(env, "RANK", 0),
             world_size=_integer(env, "WORLD_SIZE", 1),
             local_rank=_integer(env, "LOCAL_RANK", 0),
