@@ -192,7 +192,9 @@ def _checkpoints(facts: Facts, present: Mapping[int, Whereabouts], board: Readin
         by_step.setdefault(entry.step, {})[entry.url] = "poisoned" if poisoned else mark
     in_memory = Counter(step for where in present.values() for step in set(where.held))
     for step, count in in_memory.items():
-        by_step.setdefault(step, {})[MEMORY] = "whole" if count >= facts.world_size else f"{count} ranks"
+        by_step.setdefault(step, {})[MEMORY] = (
+            "whole" if count >= facts.world_size else f"{count} of {facts.world_size}"
+        )
     whole = sorted(step for step, count in in_memory.items() if count >= facts.world_size)
     tiers: list[dict[str, Any]] = [
         {"tier": url, "count": len(steps), "newest": max(steps)} for url, steps in sorted(totals.items())
