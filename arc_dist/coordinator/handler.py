@@ -96,8 +96,15 @@ class Handler(BaseHTTPRequestHandler):
         self._stream.begin_answer()  # of the errors that http.server sends by itself
         super().handle_one_request()
 
-    def _handle(self) -> None:
+    def do_POST(self) -> None:
+        # What ranks ask is waited for at the job's end; a reader who takes no answer is not.
         self._host.busy(1)
+        try:
+            self._handle()
+        finally:
+            self._host.busy(-1)
+
+    def _handle(self) -> None:
         try:
             self._serve()
         except Refused as refused:
@@ -113,10 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             logger.exception("%s failed", self.path)
             self._refuse(Refused(500, "internal", f"{type(error).__name__}: {error}"))
-        finally:
-            self._host.busy(-1)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_HEAD = _handle  # noqa: N815  # http.server's names
+    do_GET = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_HEAD = _handle  # noqa: N815  # http.server's names
 
     # ---- what is asked
 
