@@ -24,7 +24,7 @@ BASE := $(VENV)/.base-installed
 DEV := $(VENV)/.dev-installed
 SITE := build/site
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find arc_dist -name '*.py' -o -name py.typed)
+SOURCES := $(shell find arc_dist -name '*.py' -o -name py.typed -o -name '*.html')
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check bench soak services format clean

@@ -12,7 +12,7 @@ from arc_dist.errors import ArcError, ExitCode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Returns 0, 1 (something is wrong with what was looked at) or 78."""
+    """Entry point of the console script. Returns 0, 78, or what the command says of what it looked at."""
     parser = _parser()
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from arc_dist.checkpoint_store import commands
     from arc_dist.planner import commands as planner_commands
-    from arc_dist.telemetry import report
+    from arc_dist.telemetry import commands_status, report
 
     parser = _Parser(
         prog="arc",
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_commands(subparsers)
     report.add_command(subparsers)
     planner_commands.add_command(subparsers)
+    commands_status.add_commands(subparsers)
     return parser
 
 

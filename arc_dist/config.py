@@ -38,6 +38,9 @@ class Env:
     grace_s: float = 30.0  # ARC_GRACE_S, for users: from a preemption notice to the end of all processes
     preempt_signals: tuple[int, ...] = (int(signal.SIGTERM),)  # ARC_PREEMPT_SIGNALS, for users: which are notices
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
+    tls_cert: Path | None = None  # ARC_TLS_CERT, for users: the certificate that the coordinator shows, PEM
+    tls_key: Path | None = None  # ARC_TLS_KEY, for users: its key, PEM, without a passphrase
+    tls_ca: Path | None = None  # ARC_TLS_CA, for users: who vouches for that certificate, PEM
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -76,6 +79,9 @@ class Env:
             grace_s=_grace(env),
             preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
             preempt_file=_path(env, "ARC_PREEMPT_FILE"),
+            tls_cert=_path(env, "ARC_TLS_CERT"),
+            tls_key=_path(env, "ARC_TLS_KEY"),
+            tls_ca=_path(env, "ARC_TLS_CA"),
             rank=_integer(env, "RANK", 0),
             world_size=_integer(env, "WORLD_SIZE", 1),
             local_rank=_integer(env, "LOCAL_RANK", 0),

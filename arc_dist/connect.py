@@ -11,6 +11,7 @@ from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient, LocalClient
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
+from arc_dist.coordinator.tls import Certificate
 from arc_dist.errors import ConfigError
 
 Client = CoordinatorClient | LocalClient
@@ -26,17 +27,19 @@ def connect(
     if env.coordinator is not None:
         if env.token is None:
             raise ConfigError("ARC_COORDINATOR is set but ARC_TOKEN is not. The supervisor sets both; unset both.")
-        return CoordinatorClient(env.coordinator, env.token), _nothing
+        return CoordinatorClient(env.coordinator, env.token, authority=env.tls_ca), _nothing
     if world_size == 1:
         coordinator = Coordinator(1, job_id=env.job_id)
         return LocalClient(coordinator), coordinator.close
     server: CoordinatorServer | None = None
     where: list[str] | None = None
     if rank == 0:
-        server = CoordinatorServer(Coordinator(world_size, job_id=env.job_id), host=_own_address()).start()
+        certificate = Certificate.of(env.tls_cert, env.tls_key)
+        coordinator = Coordinator(world_size, job_id=env.job_id)
+        server = CoordinatorServer(coordinator, host=_own_address(), certificate=certificate).start()
         where = [server.address, server.token]
     address, token = gather(where, 0)[0]
-    return CoordinatorClient(address, token), server.close if server is not None else _nothing
+    return CoordinatorClient(address, token, authority=env.tls_ca), server.close if server is not None else _nothing
 
 
 def _nothing() -> None:

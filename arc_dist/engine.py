@@ -386,6 +386,8 @@ class Engine:
             step=self.guard.furthest,
             generation=self.env.generation,
             median_step_s=times[len(times) // 2] if times else None,
+            now_at=self.guard.step,
+            loss=self.guard.last_loss,
         )
 
     def record(self, **fields: Any) -> None:

@@ -297,16 +297,20 @@ class Guard:
         self.protection.cadence.observe(step_s)
         self.vote_cadence.observe(step_s, self.step, self.voter)
 
+    @property
+    def last_loss(self) -> float | None:
+        """This rank's loss of the last step, the mean over its micro-batches; None where no loss is seen."""
+        losses = self.attempt.losses
+        return sum(losses) / len(losses) if losses else None
+
     def small(self) -> dict[str, Any]:
         """Everything a snapshot holds beside tensors."""
         data = self.data.position() if self.data is not None else None
-        losses = self.attempt.losses
-        loss = sum(losses) / len(losses) if losses else None
         return {
             "training": self.state.small(),
             "guard": self.state_dict(),
             "data": data,
-            "about": self.observed.about(self.step, data, loss, self.voter.world_size),
+            "about": self.observed.about(self.step, data, self.last_loss, self.voter.world_size),
         }
 
     def seal(self) -> Decision | None:

@@ -261,7 +261,7 @@ class ScriptGuard:
         env = self._env
         if env.coordinator is None or env.token is None:
             return lambda line: append_line(env.run_dir, line)
-        client = CoordinatorClient(env.coordinator, env.token)
+        client = CoordinatorClient(env.coordinator, env.token, authority=env.tls_ca)
         return lambda line: client.incident(**line)
 
     def _model_of(self, optimizer: torch.optim.Optimizer) -> nn.Module:

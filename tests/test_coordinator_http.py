@@ -134,13 +134,15 @@ def test_two_servers_have_different_tokens(server: CoordinatorServer):
     [
         ("POST", "/v1/fly", b"{}", 400),
         ("POST", "/v2/status", b"{}", 404),
-        ("GET", "/", b"", 404),
+        ("GET", "/v1/", b"", 404),
+        ("GET", "/v2/status", b"", 404),
+        ("GET", "/v1/join", b"", 405),
         ("POST", "/v1/status", b"[]", 400),
         ("POST", "/v1/status", b"{", 400),
         ("POST", "/v1/status", b"\xff\xfe", 400),
         ("POST", "/v1/status", b"[" * 5000, 400),
         ("POST", "/v1/status", b" " * 10_001, 413),
-        ("DELETE", "/v1/status", b"", 501),
+        ("DELETE", "/v1/status", b"", 405),
     ],
 )
 def test_a_bad_request_has_one_clear_answer_and_the_next_is_served(
@@ -209,7 +211,7 @@ def test_something_else_on_the_port_is_said():
         thread.join()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:80", "https://h:1", "http://h", "ftp://h:1"])
+@pytest.mark.parametrize("address", ["127.0.0.1:80", "http://h:x", "http://h", "ftp://h:1"])
 def test_an_address_that_cannot_be_used_is_refused(address: str):
     with pytest.raises(ConfigError, match="http://host:port"):
         CoordinatorClient(address, "t")

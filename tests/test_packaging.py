@@ -37,11 +37,12 @@ def test_the_wheel_installs_exactly_arc_dist(wheel: Path):
     assert len(tops) == 2
 
 
-def test_the_wheel_holds_every_module_and_the_type_marker(wheel: Path):
+def test_the_wheel_holds_every_module_the_page_and_the_type_marker(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "arc_dist").rglob("*.py")}
     assert sources <= names
     assert "arc_dist/py.typed" in names
+    assert "arc_dist/coordinator/page.html" in names
 
 
 def test_every_directory_of_modules_is_a_package():

@@ -13,9 +13,11 @@ import json
 import threading
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from arc_dist.coordinator.service import Coordinator
+from arc_dist.coordinator.tls import client_context
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced
 
 _Json = dict[str, Any]
@@ -163,6 +165,18 @@ class _Methods:
     def progress(self, rank: int, generation: int, step: int) -> _Json:
         return self.call("progress", {"rank": rank, "generation": generation, "step": step})
 
+    def report(
+        self,
+        rank: int,
+        generation: int,
+        step: int,
+        quiet_s: float | None = None,
+        held: Sequence[Mapping[str, Any]] = (),
+    ) -> _Json:
+        """How far the rank's process is, for people: nothing is decided by it."""
+        body = {"rank": rank, "generation": generation, "step": step, "quiet_s": quiet_s, "held": list(held)}
+        return self.call("report", body)
+
     def restored(self, rank: int, generation: int, step: int) -> _Json:
         """The ranks of `generation` went on from `step`: older than planned, or found where no plan was."""
         return self.call("restored", {"rank": rank, "generation": generation, "step": step})
@@ -195,31 +209,43 @@ class CoordinatorClient(_Methods):
     """A client over HTTP. Each thread that uses it has its own connection, kept alive.
 
     Args:
-        address: ``http://host:port``.
-        token: the job's token.
+        address: ``http://host:port``, or ``https://host:port``.
+        token: the job's token; over HTTPS it is sent only to who has shown the right certificate.
         timeout_s: for connecting and for an answer, beyond what the coordinator itself was allowed to wait.
+        authority: a PEM file that vouches for the coordinator's certificate; None takes the system's authorities.
     """
 
-    def __init__(self, address: str, token: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: str, token: str, timeout_s: float = 10.0, authority: Path | None = None) -> None:
         super().__init__()
         parts = urllib.parse.urlsplit(address)
-        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-            raise ConfigError(f"the coordinator's address must be http://host:port, got {address!r}")
+        if parts.scheme not in ("http", "https") or parts.hostname is None or _port(parts) is None:
+            raise ConfigError(f"the coordinator's address must be http://host:port, or https, got {address!r}")
+        if not (token.isascii() and token.isprintable()):
+            raise ConfigError("the coordinator's token holds characters that no token has; set ARC_TOKEN anew")
         self.address = address
         self._host = parts.hostname
         self._port = parts.port
+        self._context = client_context(authority) if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._timeout_s = timeout_s
         self._local = threading.local()
 
+    def get(self, path: str) -> _Json:
+        """Asks ``GET path`` for a JSON object; see `call` for the errors."""
+        return self._exchange("GET", path, None, 0.0)
+
     def _send(self, method: str, body: _Json, timeout_s: float) -> _Json:
         data = json.dumps(body, separators=(",", ":")).encode()
+        return self._exchange("POST", f"/v1/{method}", data, timeout_s)
+
+    def _exchange(self, verb: str, path: str, data: bytes | None, timeout_s: float) -> _Json:
+        method = path.removeprefix("/v1/")
         deadline_s = timeout_s + self._timeout_s
         fresh = False
         while True:
             connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
             if connection is None:
-                connection, fresh = http.client.HTTPConnection(self._host, self._port), True
+                connection, fresh = self._connection(), True
                 self._local.connection = connection
             try:
                 # A connection attempt must not take as long as a long poll may.
@@ -228,7 +254,7 @@ class CoordinatorClient(_Methods):
                     connection.connect()
                 assert connection.sock is not None
                 connection.sock.settimeout(deadline_s)
-                connection.request("POST", f"/v1/{method}", body=data, headers=self._headers)
+                connection.request(verb, path, body=data, headers=self._headers)
                 response = connection.getresponse()
                 text = response.read()
                 break
@@ -243,6 +269,11 @@ class CoordinatorClient(_Methods):
         if response.will_close:
             self._drop()
         return self._understand(method, response.status, text)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._context is None:
+            return http.client.HTTPConnection(self._host, self._port)
+        return http.client.HTTPSConnection(self._host, self._port, context=self._context)
 
     def _understand(self, method: str, status: int, text: bytes) -> _Json:
         try:
@@ -275,6 +306,13 @@ class CoordinatorClient(_Methods):
     def close(self) -> None:
         """Closes the calling thread's connection; other threads' close with them."""
         self._drop()
+
+
+def _port(parts: urllib.parse.SplitResult) -> int | None:
+    try:
+        return parts.port
+    except ValueError:  # no number, or none that a port can have
+        return None
 
 
 class LocalClient(_Methods):

@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arc_dist.coordinator.records import append_incident
 from arc_dist.coordinator.speed import Speed, read_spent
 from arc_dist.coordinator.wire import Fields
 from arc_dist.errors import ConfigError
@@ -56,14 +54,22 @@ class HangDesk:
 
     Args:
         world_size: number of ranks.
-        run_dir: where stacks and incidents go; None keeps none.
+        run_dir: where stacks go; None keeps none.
         clock: monotonic seconds.
+        record: takes an incident's line.
     """
 
-    def __init__(self, world_size: int, run_dir: Path | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        run_dir: Path | None,
+        clock: Callable[[], float],
+        record: Callable[[Mapping[str, Any]], None],
+    ) -> None:
         self._world_size = world_size
         self._run_dir = run_dir
         self._clock = clock
+        self._record = record
         self._number = 0
         self._findings: list[_Finding] = []
         self._slow: list[tuple[int, Slow]] = []
@@ -203,14 +209,6 @@ class HangDesk:
                 "action": f"kill {', '.join(f'rank {rank}' for rank in verdict.condemned)}",
             }
         )
-
-    def _record(self, line: dict[str, Any]) -> None:
-        if self._run_dir is None:
-            return
-        try:
-            append_incident(self._run_dir, {"time": time.time(), **line})
-        except (OSError, ConfigError) as error:
-            logger.warning("an incident was not recorded: %s", error)
 
 
 def describe_stacks(told: Mapping[int, _Testimony], verdict: Verdict) -> str:

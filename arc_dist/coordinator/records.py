@@ -58,7 +58,10 @@ def append_incident(run_dir: Path, line: Mapping[str, Any]) -> None:
         ConfigError: the line is too long.
         OSError: it could not be written.
     """
-    text = json.dumps({"time": time.time(), **line}, default=str).encode() + b"\n"
+    try:
+        text = json.dumps({"time": time.time(), **line}, default=str).encode() + b"\n"
+    except RecursionError:
+        raise ConfigError("incident: it is nested too deeply to be written") from None
     if len(text) > _MAX_LINE_BYTES:
         raise ConfigError(f"incident: {len(text)} bytes are more than {_MAX_LINE_BYTES}")
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -70,7 +73,7 @@ def append_incident(run_dir: Path, line: Mapping[str, Any]) -> None:
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """A job's state for people and for ``GET /v1/status``."""
+    """A job's state as the rules have it, for tools that come with us; `view` makes what people read."""
     return {
         "phase": job.phase.value,
         "generation": job.generation,

@@ -1,39 +1,31 @@
-"""Serves a coordinator over HTTP: ``POST /v1/<method>`` with a JSON object, answered by a JSON object.
+"""Serves a coordinator over HTTP or HTTPS: ``POST /v1/<method>`` with a JSON object, answered by a JSON object.
 
 One thread per connection, kept alive: supervisors are few per node, each keeps one or two connections, and most of
-them wait in a long poll. ``GET /v1/status`` is for people; ``GET /healthz`` needs no token and says nothing.
-
-===========  ======================================================
-200          the answer
-400          `ConfigError`: no such method, wrong fields, no JSON
-401          no token, or a wrong one
-404, 405     another path or verb
-409          `Fenced`
-411, 413     no length, or more bytes than `max_request_bytes`
-500          a bug of ours; the log has it
-===========  ======================================================
+them wait in a long poll. People read ``GET /v1/status`` and the page at ``/``; `api` lists everything.
 """
 
 from __future__ import annotations
 
-import hmac
-import json
+import dataclasses
 import logging
 import secrets
+import select
 import socket
+import ssl
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, cast
+from http.server import ThreadingHTTPServer
+from typing import Any
 
+from arc_dist.coordinator.handler import Handler
+from arc_dist.coordinator.limits import Bucket, BucketPerAddress, Limits
 from arc_dist.coordinator.service import Coordinator
-from arc_dist.errors import ArcError, ConfigError, Fenced
+from arc_dist.coordinator.tls import Certificate, server_context
+from arc_dist.errors import ConfigError
 
 logger = logging.getLogger("arc_dist.coordinator")
 
-PREFIX = "/v1/"
-MAX_REQUEST_BYTES = 32 << 20  # a shard's part of a manifest lists every tensor
-_IDLE_TIMEOUT_S = 300.0  # between two requests, and for a request to arrive whole
+_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 class CoordinatorServer:
@@ -44,7 +36,9 @@ class CoordinatorServer:
         host: the interface to listen on; its name is what `address` tells others.
         port: 0 takes a free one.
         token: what every caller must show; None makes a new one.
-        max_request_bytes: larger requests are refused unread.
+        certificate: what to show to callers, who then speak HTTPS; None serves plain HTTP.
+        limits: bounds on what callers may take; None makes some for the size of the job.
+        max_request_bytes: in place of the one in `limits`.
     """
 
     def __init__(
@@ -54,13 +48,19 @@ class CoordinatorServer:
         host: str = "127.0.0.1",
         port: int = 0,
         token: str | None = None,
-        max_request_bytes: int = MAX_REQUEST_BYTES,
+        certificate: Certificate | None = None,
+        limits: Limits | None = None,
+        max_request_bytes: int | None = None,
     ) -> None:
         self.token = token or secrets.token_urlsafe(32)
         self._coordinator = coordinator
         self._host = host
         self._port = port
-        self._max_request_bytes = max_request_bytes
+        self._certificate = certificate
+        limits = limits or Limits().for_world(coordinator.world_size)
+        self._limits = (
+            limits if max_request_bytes is None else dataclasses.replace(limits, request_bytes=max_request_bytes)
+        )
         self._http: _Http | None = None
         self._thread: threading.Thread | None = None
 
@@ -68,10 +68,11 @@ class CoordinatorServer:
         """Binds and serves in a daemon thread.
 
         Raises:
-            ConfigError: the interface or port cannot be bound.
+            ConfigError: the interface or port cannot be bound, or the certificate cannot be used.
         """
+        context = None if self._certificate is None else server_context(self._certificate)
         try:
-            self._http = _Http((self._host, self._port), self._coordinator, self.token, self._max_request_bytes)
+            self._http = _Http((self._host, self._port), self._coordinator, self.token, self._limits, context)
         except OSError as error:
             raise ConfigError(
                 f"the coordinator cannot listen on {self._host}:{self._port}: {error}. Name an interface of this host."
@@ -84,11 +85,12 @@ class CoordinatorServer:
 
     @property
     def address(self) -> str:
-        """``http://host:port``; for a server that was started."""
+        """``http://host:port``, or ``https://``; for a server that was started."""
         if self._http is None:
             raise ConfigError("the coordinator's server was not started; call start() first")
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._http.server_address[1]}"
+        scheme = "http" if self._certificate is None else "https"
+        return f"{scheme}://{host}:{self._http.server_address[1]}"
 
     def finish(self, timeout_s: float) -> bool:
         """Waits until every rank was told that the job is over and has its answer; then closes. True when all were."""
@@ -126,16 +128,27 @@ class _Http(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024
 
-    def __init__(self, address: tuple[str, int], coordinator: Coordinator, token: str, max_request_bytes: int) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        coordinator: Coordinator,
+        token: str,
+        limits: Limits,
+        context: ssl.SSLContext | None,
+    ) -> None:
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.coordinator = coordinator
         self.token = token.encode()
-        self.max_request_bytes = max_request_bytes
+        self.limits = limits
+        self.reads = Bucket(limits.reads_per_s)
+        self.reports = Bucket(limits.reports_per_s)
+        self.refusals = BucketPerAddress(limits.refusals_per_s)
+        self._context = context
         self._connections: set[socket.socket] = set()
         self._guard = threading.Condition()
         self._num_busy = 0
-        super().__init__(address, _Handler)
+        super().__init__(address, Handler)
 
     def server_bind(self) -> None:
         # Not HTTPServer's: it asks the resolver for this host's name, which can take seconds.
@@ -144,9 +157,22 @@ class _Http(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = self.socket.accept()
+        if self._context is not None:
+            # The handshake is the handler's, in a thread of its own.
+            connection = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._guard:
-            self._connections.add(request)
+            is_full = len(self._connections) >= self.limits.connections
+            if not is_full:
+                self._connections.add(request)
+        if is_full:
+            logger.warning("a connection from %s was closed: %d are open", client_address, self.limits.connections)
+            super().shutdown_request(request)
+            return
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -174,7 +200,7 @@ class _Http(ThreadingHTTPServer):
             connections = list(self._connections)
         for connection in connections:
             try:
-                connection.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # an SSLSocket's own is for its own thread
             except OSError:
                 pass  # closed by its peer in this moment
 
@@ -184,117 +210,10 @@ class _Http(ThreadingHTTPServer):
 
 
 def _is_open(connection: socket.socket) -> bool:
-    """False once the peer has closed: its end of file is there to be read, also while a long poll is being served."""
+    """False once the peer has closed its end, also while a long poll is being served."""
+    poll = select.poll()
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-    except BlockingIOError:
-        return True
-    except OSError:
+        poll.register(connection, _GONE)
+    except ValueError:  # closed on this side in this moment
         return False
-
-
-class _Refused(Exception):
-    """A request that is answered with an error status."""
-
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.kind = kind
-        self.message = message
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "arc-dist"
-    sys_version = ""
-    disable_nagle_algorithm = True
-    wbufsize = 65_536  # header and body leave in one packet
-    timeout = _IDLE_TIMEOUT_S
-
-    def do_GET(self) -> None:
-        if self.path == "/healthz":
-            self._answer(200, {"ok": True})
-            return
-        try:
-            self._authenticate()
-            if self.path != f"{PREFIX}status":
-                raise _Refused(404, "config", f"there is nothing at {self.path}")
-            self._answer(200, self._http.coordinator.call("status", {}))
-        except _Refused as refused:
-            self._refuse(refused)
-        except Fenced as error:
-            self._refuse(_Refused(409, "fenced", error.message))
-
-    def do_POST(self) -> None:
-        self._http.busy(1)
-        try:
-            self._post()
-        finally:
-            self._http.busy(-1)
-
-    def _post(self) -> None:
-        try:
-            self._answer(200, self._serve())
-        except _Refused as refused:
-            self._refuse(refused)
-        except Fenced as error:
-            self._refuse(_Refused(409, "fenced", error.message))
-        except ConfigError as error:
-            self._refuse(_Refused(400, "config", error.message))
-        except (ArcError, OSError) as error:
-            self._refuse(_Refused(500, "internal", str(error)))
-        except Exception as error:
-            logger.exception("%s failed", self.path)
-            self._refuse(_Refused(500, "internal", f"{type(error).__name__}: {error}"))
-
-    def _serve(self) -> dict[str, Any]:
-        self._authenticate()
-        if not self.path.startswith(PREFIX):
-            raise _Refused(404, "config", f"there is nothing at {self.path}")
-        text = self._read_body()
-        try:
-            body: object = json.loads(text) if text else {}
-        except (ValueError, RecursionError) as error:
-            raise _Refused(400, "config", f"the body is not JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise _Refused(400, "config", "the body is not a JSON object")
-        return self._http.coordinator.call(self.path[len(PREFIX) :], cast("dict[str, Any]", body))
-
-    def _authenticate(self) -> None:
-        shown = self.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(shown, b"Bearer " + self._http.token):
-            raise _Refused(401, "config", "the token is missing or wrong; ARC_TOKEN of this job is needed")
-
-    def _read_body(self) -> bytes:
-        length_text = self.headers.get("Content-Length", "")
-        if not (length_text.isascii() and length_text.isdigit()):
-            raise _Refused(411, "config", "Content-Length is missing")
-        length = int(length_text)
-        if length > self._http.max_request_bytes:
-            raise _Refused(
-                413, "config", f"the request has {length} bytes, at most {self._http.max_request_bytes} are taken"
-            )
-        return self.rfile.read(length)
-
-    def _refuse(self, refused: _Refused) -> None:
-        # What is left of the request was not read, so the connection cannot be used again.
-        self.close_connection = self.close_connection or refused.status in (401, 404, 411, 413)
-        self._answer(refused.status, {"error": refused.kind, "message": refused.message})
-
-    def _answer(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer, separators=(",", ":"), default=str).encode()
-        self.send_response_only(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-
-    @property
-    def _http(self) -> _Http:
-        return cast("_Http", self.server)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # http.server's name
-        logger.debug("http: " + format, *args)  # noqa: G003
+    return not poll.poll(0)

@@ -15,9 +15,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from arc_dist.coordinator import view
+from arc_dist.coordinator.board import Board, Reading
 from arc_dist.coordinator.hangs import HangDesk
 from arc_dist.coordinator.journal import Journal
-from arc_dist.coordinator.records import append_incident, describe, identity_of, read_cause, read_holding
+from arc_dist.coordinator.records import (
+    INCIDENTS_NAME,
+    append_incident,
+    describe,
+    identity_of,
+    read_cause,
+    read_holding,
+)
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
@@ -39,6 +48,7 @@ from arc_dist.protocol.events import (
     Preempted,
     Progressed,
     Ready,
+    Settled,
     StateMatters,
     Tick,
     WentBack,
@@ -53,10 +63,12 @@ JOURNAL_NAME = "journal.log"
 _METHODS = (
     *("join", "ready", "died", "finished", "directive", "preempt", "watched"),  # supervisors
     *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
-    "status",
+    *("incident", "report", "status"),  # what people read
 )
+_LOCKLESS = frozenset({"incident", "report", "status"})  # nothing is decided by them, and nobody may wait for them
 _MAX_HOLDINGS = 64
 _MAX_LISTED = 100_000
+_MAX_QUIET_S = 1e9
 
 
 class Coordinator:
@@ -104,6 +116,7 @@ class Coordinator:
         self._told: set[int] = set()  # ranks that were told that the job is over
         self._journal_error: str | None = None
         self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
+        self._board = Board()
         self._job = self._revived(journal)
         saves = Saves(world_size=world_size, poisoned=self._job.known.poison)
         self._saves = SaveDesk(
@@ -113,7 +126,7 @@ class Coordinator:
             changed=self._changed,
             clock=clock,
         )
-        self._hangs = HangDesk(world_size, run_dir, clock)
+        self._hangs = HangDesk(world_size, run_dir, clock, self._note)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
         }
@@ -126,12 +139,22 @@ class Coordinator:
             ConfigError: another coordinator uses `run_dir`, or it cannot be written.
             StoreCorrupt: the journal there was altered.
         """
-        return Coordinator(world_size, run_dir=run_dir, journal=Journal.open(run_dir / JOURNAL_NAME), **settings)
+        coordinator = Coordinator(world_size, run_dir=run_dir, journal=Journal.open(run_dir / JOURNAL_NAME), **settings)
+        try:
+            coordinator._board.load(run_dir / INCIDENTS_NAME)
+        except OSError as error:
+            logger.warning("earlier incidents of the job will not be shown: %s", error)
+        return coordinator
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._config.world_size
 
     @property
     def methods(self) -> frozenset[str]:
         """What `call` understands."""
-        return frozenset(self._methods) | {"incident"}
+        return frozenset(self._methods)
 
     def call(self, method: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Takes one message and answers it. Blocks only in long polls, at most `MAX_POLL_S`.
@@ -144,8 +167,8 @@ class Coordinator:
             raise ConfigError(f"there is no method {method!r}; known: {', '.join(sorted(self.methods))}")
         fields = Fields(method, body)
         self._check_epoch(fields)
-        if method == "incident":
-            answer = self._incident(body)
+        if method in _LOCKLESS:
+            answer = self._methods[method](fields)
         else:
             with self._changed:
                 self._check_sender(fields)
@@ -303,13 +326,58 @@ class Coordinator:
 
     # ---- what people read
 
-    def _incident(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        line = {key: value for key, value in body.items() if key not in ("epoch", "sender")}
-        if self._run_dir is None:
-            return {"recorded": False}
+    def facts(self) -> tuple[view.Facts, Reading]:
+        """What descriptions are made of. The rules' state never changes but is replaced, so nothing waits for this.
+
+        Raises:
+            Fenced, CoordinatorUnavailable: as `call`.
+        """
+        self._check_alive()
+        facts = view.Facts(
+            job_id=self.job_id,
+            epoch=self.epoch,
+            world_size=self.world_size,
+            job=self._job,
+            saves=self._saves.describe(),
+            journal_error=self._journal_error,
+            now_s=self._clock(),
+            wall_s=time.time(),
+        )
+        return facts, self._board.read()
+
+    def view(self) -> dict[str, Any]:
+        """The state of the job for people, of bounded size; see `view.status`."""
+        return view.status(*self.facts())
+
+    def history(self) -> dict[str, Any]:
+        """Samples of progress, and what happened; see `view.history`."""
+        return view.history(*self.facts())
+
+    def incidents(self, after: int, limit: int) -> dict[str, Any]:
+        """Incidents with an id above `after`, oldest first; `next` is the `after` to ask with for those that follow."""
+        self._check_alive()
+        incidents, count = self._board.incidents_after(after, limit)
+        newest = incidents[-1]["id"] if incidents else min(after, count)
+        return {"incidents": incidents, "next": newest, "count": count, "epoch": self.epoch}
+
+    def _incident(self, fields: Fields) -> dict[str, Any]:
+        return {"recorded": self._record(fields.others())}
+
+    def _record(self, line: Mapping[str, Any]) -> bool:
         # Hosts' clocks differ: what the lines of several hosts are put in order by is read from one of them.
-        append_incident(self._run_dir, {**line, "heard_at": time.time()})
-        return {"recorded": True}
+        line = {**line, "heard_at": time.time()}
+        if self._run_dir is not None:
+            append_incident(self._run_dir, line)
+        self._board.note(line)
+        return self._run_dir is not None
+
+    def _report(self, fields: Fields) -> dict[str, Any]:
+        rank, generation, step = self._rank(fields), fields.integer("generation"), fields.integer("step")
+        held = [Fields("report", entry).integer("step") for entry in fields.mappings("held", max_items=_MAX_HOLDINGS)]
+        quiet_s = fields.number_or_none("quiet_s", maximum=_MAX_QUIET_S)
+        if generation <= self._job.generation:
+            self._board.note_where(rank, generation, step, quiet_s, held)
+        return self._where()
 
     def _status(self, fields: Fields) -> dict[str, Any]:
         return {
@@ -332,6 +400,8 @@ class Coordinator:
         ):
             self._append(outcome.job)
         self._job = outcome.job
+        if isinstance(event, Settled) and event.committed is not None:
+            self._board.note_commit(event.committed.step, event.committed.url)
         for action in outcome.actions:
             if isinstance(action, GenerationEnds):
                 logger.info("generation %d ends: %s", action.generation, action.death)
@@ -340,7 +410,9 @@ class Coordinator:
                 logger.info("generation %d is over: %s", action.generation, action.judgement.reason)
                 self._report_over(action)
             elif isinstance(action, GenerationRuns):
-                logger.info("generation %d runs: %s", action.plan.generation, action.plan.reason)
+                plan = action.plan
+                logger.info("generation %d runs: %s", plan.generation, plan.reason)
+                self._board.note_generation(plan.generation, plan.step, plan.tier.value, plan.reason)
             elif isinstance(action, JobOver):
                 self._saves.open_for(None)
                 self._report_end(action)
@@ -359,11 +431,10 @@ class Coordinator:
             self._note({"kind": "host_suspected", "ranks": [root.rank], "cause": action.advice} | common)
 
     def _note(self, line: Mapping[str, Any]) -> None:
-        if self._run_dir is None:
-            return
+        """Records what this coordinator found itself; a file that cannot be written stops nothing."""
         try:
-            append_incident(self._run_dir, {**line, "heard_at": time.time()})
-        except OSError as error:
+            self._record({"time": time.time(), **line})
+        except (OSError, ConfigError) as error:
             logger.warning("%s is not in the incident file: %s", line["kind"], error)
 
     def _report_end(self, action: JobOver) -> None:

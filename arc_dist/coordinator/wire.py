@@ -8,6 +8,7 @@ from typing import Any, cast
 from arc_dist.errors import ConfigError
 
 MAX_TEXT = 65_536
+MAX_INTEGER = 2**63 - 1  # what the journal's readers, status pages and other languages can hold
 MAX_POLL_S = 60.0
 
 
@@ -30,8 +31,8 @@ class Fields:
         value = self._body.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self._wrong(name, f"a whole number of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MAX_INTEGER:
+            raise self._wrong(name, f"a whole number of at least {minimum} that fits 64 bits")
         return value
 
     def integer_or_none(self, name: str) -> int | None:
@@ -42,7 +43,10 @@ class Fields:
         value = self._body.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise self._wrong(name, "a number of seconds")
-        return min(float(value), maximum)
+        return maximum if value >= maximum else float(value)
+
+    def number_or_none(self, name: str, *, maximum: float) -> float | None:
+        return None if self._body.get(name) is None else self.number(name, default=0.0, maximum=maximum)
 
     def boolean(self, name: str, *, default: bool) -> bool:
         value = self._body.get(name, default)
@@ -55,6 +59,10 @@ class Fields:
         if not isinstance(value, str) or len(value) > MAX_TEXT:
             raise self._wrong(name, "a text")
         return value
+
+    def others(self) -> dict[str, Any]:
+        """All fields, less those that every message may carry."""
+        return {name: value for name, value in self._body.items() if name not in ("epoch", "sender")}
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         value = self._body.get(name)
@@ -80,5 +88,12 @@ class Fields:
         return [cast("Mapping[str, Any]", item) for item in items]
 
     def _wrong(self, name: str, wanted: str) -> ConfigError:
-        shown = repr(self._body.get(name))[:80]
+        shown = _short(self._body.get(name))
         return ConfigError(f"{self._method}: the field {name!r} must be {wanted}, got {shown}", field=name)
+
+
+def _short(value: object) -> str:
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested as deep as JSON may be
+        return f"a {type(value).__name__} that is too large to show"

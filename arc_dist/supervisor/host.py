@@ -15,8 +15,10 @@ from typing import Any
 
 from arc_dist.config import Env, default_run_dir
 from arc_dist.coordinator.client import CoordinatorClient, LocalClient
+from arc_dist.coordinator.endpoint import Endpoint
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
+from arc_dist.coordinator.tls import Certificate
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, ExitCode
 from arc_dist.preemption.file import NoticeFile, seconds_since_1970
 from arc_dist.snapshot.directory import OwnedDirectory
@@ -30,6 +32,7 @@ from arc_dist.supervisor.rendezvous import (
     advertised_host,
     host_identity,
 )
+from arc_dist.supervisor.reporter import StepReporter
 from arc_dist.supervisor.supervisor import Client, Ending, Setup, Supervisor
 from arc_dist.telemetry.log import set_up_logging
 
@@ -65,14 +68,14 @@ def supervise(
         stack.callback(directory.close)
         meeting = Meeting(membership) if membership.store_host is not None else None
         if membership.rank == 0:
-            address, client, server = _host_coordinator(stack, env, membership)
+            address, client, server = _host_coordinator(stack, env, membership, directory.path)
             if meeting is not None:
                 meeting.announce(address)
             answer = _join(client, membership, str(directory.path))
         else:
             assert meeting is not None  # Membership.read refuses a rank above 0 without one
             server = None
-            address, client, answer = _find_coordinator(membership, meeting, str(directory.path))
+            address, client, answer = _find_coordinator(env, membership, meeting, str(directory.path))
         stores = None
         if membership.rank == 0 and membership.store_host is not None:
             stores = GenerationStores(advertised_host(membership)[0])
@@ -98,6 +101,8 @@ def supervise(
         if env.preempt_file is not None:
             stack.callback(_watch_notice_file(env.preempt_file, membership, events).close)
         supervisor = Supervisor(setup, client, zygote_process, events)
+        reporter = StepReporter(membership.rank, membership.world_size, directory.path, client)
+        stack.callback(reporter.close)
         try:
             ending = supervisor.run(int(answer["generation"]))
         finally:
@@ -136,7 +141,7 @@ def _watch_notice_file(path: Path, membership: Membership, events: Events[Event]
 
 
 def _find_coordinator(
-    membership: Membership, meeting: Meeting, shm_dir: str
+    env: Env, membership: Membership, meeting: Meeting, shm_dir: str
 ) -> tuple[CoordinatorAddress, Client, dict[str, Any]]:
     """Finds the coordinator in rank 0's supervisor and joins it; returns its answer too."""
     deadline = time.monotonic() + _JOIN_LIMIT_S
@@ -146,7 +151,7 @@ def _find_coordinator(
         found = meeting.look_up(timeout_s=1.0)
         if found is None:
             continue
-        client = CoordinatorClient(found.url, found.token, timeout_s=_CLIENT_TIMEOUT_S)
+        client = CoordinatorClient(found.url, found.token, timeout_s=_CLIENT_TIMEOUT_S, authority=env.tls_ca)
         try:
             return found, client, _join(client, membership, shm_dir)
         except CoordinatorUnavailable as error:
@@ -176,15 +181,29 @@ def _join(client: Any, membership: Membership, shm_dir: str) -> dict[str, Any]:
 
 
 def _host_coordinator(
-    stack: contextlib.ExitStack, env: Env, membership: Membership
+    stack: contextlib.ExitStack, env: Env, membership: Membership, shm_dir: Path
 ) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
     job_id = _job_id(env, membership)
     run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
     _, listen = advertised_host(membership)
+    certificate = Certificate.of(env.tls_cert, env.tls_key)
     coordinator = Coordinator.open(membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts)
     stack.callback(coordinator.close)
-    server = stack.enter_context(CoordinatorServer(coordinator, host=listen))
+    server = stack.enter_context(CoordinatorServer(coordinator, host=listen, certificate=certificate))
     address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))
+    endpoint = Endpoint(
+        url=server.address,
+        token=server.token,
+        job_id=job_id,
+        run_dir=str(run_dir.absolute()),
+        world_size=membership.world_size,
+        host=host_identity(),
+        pid=os.getpid(),
+        authority=None if env.tls_ca is None else str(env.tls_ca.absolute()),
+    )
+    for directory in (shm_dir, run_dir):  # the first goes with this process whatever ends it; the second is known
+        path = endpoint.write(directory)
+        stack.callback(endpoint.remove, path)
     return address, LocalClient(coordinator), server
 
 
