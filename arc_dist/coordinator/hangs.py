@@ -89,11 +89,11 @@ class HangDesk:
     def take(self, rank: int, fields: Fields, job: Job) -> dict[str, Any]:
         """Takes a report; answers ``{"inquiry", "condemned"}``: a question to answer, and whether to end the rank."""
         generation = fields.integer("generation")
+        report = Fields("watched", fields.mapping("report"))
         if job.phase is not Phase.RUNNING or generation != job.generation:
             return {"inquiry": 0, "condemned": None}
         if generation != self._generation:
             self._begin(generation)
-        report = Fields("watched", fields.mapping("report"))
         now_s = self._clock()
         if (spent := report.mapping_or_none("spent")) is not None:
             self._learn(rank, spent)
