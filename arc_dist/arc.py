@@ -196,7 +196,9 @@ class Arc:
         """
         if not self._engine.started:
             raise ConfigError("observe() was called before training began. Call it inside the loop.")
-        self._engine.guard.observed.add(name, value, self._engine.guard.step)
+        guard = self._engine.guard
+        guard.observed.add(name, value, guard.step)
+        guard.monitoring.metric(name, guard.step, float(value))
 
     def best(self, name: str, *, largest: bool = False) -> tuple[float, int] | None:
         """The smallest (or largest) value of `name` so far and the step it belongs to, also from before a restart."""
