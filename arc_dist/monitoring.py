@@ -121,7 +121,7 @@ class Monitoring:
         if promised is not None and promised[0] == step and promised[1] in self._monitors:
             self._follow()
             found += self._look_at(promised[1], promised[2])
-        for _ in range(min(_MAX_LOOKS, len(self._monitors))):
+        for _ in range(_MAX_LOOKS):
             if not self.budget.is_due() or not self._monitors:
                 break
             found += self._take_turn()
