@@ -1,8 +1,8 @@
 """Monitors of weights by layer (ARC paper, section 3.2.3): norm, sparsity, effective rank, and a score of the three.
 
 What destroys a weight at once (not finite, thirtyfold within a round) is the `StateProbe`'s, which acts. Here it is
-told what creeps. References are the layer's own: W0 is what the run began with, kept across restarts. Layers that begin
-at zero (biases, zero-initialised projections) get their reference when they are first seen to be something.
+told what creeps. References are the layer's own, from the run's first looks, kept across restarts. Layers that begin at
+zero (zero-initialised projections) get theirs once they have left it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from arc_dist.monitors.base import Cost, Finding, Histories, Monitor, Part, Sees
 
 _MIN_NUMEL = 64
 _TINY = 1e-30
+_SETTLING = 16  # looks in which a layer's norm finds its scale
 
 
 class _Baselines(Monitor):
@@ -48,6 +49,8 @@ class _Baselines(Monitor):
 @register
 class WeightNorm(_Baselines):
     """The Frobenius norm of a matrix against what it began with, and how fast it grows.
+
+    W0 is the largest norm of its first 16 looks: a matrix that begins at or near zero grows a hundredfold soundly.
 
     * explosion: ``|W| > explosion x |W0|``; collapse: ``|W| < collapse x |W0|``;
     * runaway growth: ``|W|`` grew by more than `growth` from one look to the next, `length` times in a row.
@@ -81,18 +84,18 @@ class WeightNorm(_Baselines):
         norm = float(torch.linalg.vector_norm(tensor))
         if not math.isfinite(norm):
             return []  # the state probe's
-        if name not in self._baseline:
-            if norm > _TINY:
-                self._baseline[name] = norm
+        self._past.add(name, norm)
+        if self._past.count(name) <= _SETTLING:
+            self._baseline[name] = max(self._baseline.get(name, 0.0), norm)
             return []
         first = self._baseline[name]
+        if first <= _TINY:
+            return []
         found = self._tell(f"{name} explodes", norm > self._explosion * first, norm, first)
         found += self._tell(f"{name} collapses", norm < self._collapse * first, norm, first)
-        self._past.add(name, norm)
         recent = self._past.last(name)[-self._length - 1 :]
         runaway = len(recent) > self._length and all(b > self._growth * a for a, b in itertools.pairwise(recent))
-        # A matrix that begins near zero may double a few times before it is as large as it will be.
-        return found + self._tell(f"{name} grows", runaway and norm > 10.0 * first, norm, recent[0])
+        return found + self._tell(f"{name} grows", runaway, norm, recent[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "past": self._past.state_dict()}
