@@ -213,7 +213,9 @@ class Arc:
         """
         if not self._engine.started:
             raise ConfigError("observe() was called before training began. Call it inside the loop.")
-        self._engine.guard.observed.add(name, value, self._engine.guard.step)
+        guard = self._engine.guard
+        guard.observed.add(name, value, guard.step)
+        guard.monitoring.metric(name, guard.step, float(value))
 
     @contextlib.contextmanager
     def section(self, name: str, *, deadline_s: float | None = None) -> Iterator[None]:

@@ -480,6 +480,7 @@ class Engine:
             self._recorder.close()
         if self._status is not None:
             self._status.write(phase=Phase.DONE, step=self.guard.step, generation=self.env.generation)
+        self.guard.monitoring.close()
         for close in reversed(self._closers):
             close()
         self.voter.close()

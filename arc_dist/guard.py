@@ -26,8 +26,11 @@ from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
 from arc_dist.incident import incident, one_line, weights_digest
 from arc_dist.mean_loss import MeanLoss
+from arc_dist.monitoring import Monitoring, tell
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
+from arc_dist.monitors.base import chosen
 from arc_dist.observed import Observed
+from arc_dist.parallel import gradients_reach_all, is_sharded
 from arc_dist.protection import Protection
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
 from arc_dist.protocol.hangs import Section
@@ -37,11 +40,12 @@ from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger
-from arc_dist.watch import StateWatch
+from arc_dist.watch import ReplicaWatch, StateWatch
 
 _FAULTS = int(FAULTS)
 _REQUESTS = int(REQUESTS)
 _BUSY = int(Flag.CHECKPOINT_BUSY)
+_ALERT = int(Flag.ALERT)
 _INF = math.inf
 
 
@@ -142,6 +146,11 @@ class Guard:
         self._carried = 0  # flags found outside a ballot, handed in with the next
         self.mean_loss = MeanLoss(voter, self.reduced_loss_monitor, every=settings.reduce_loss_every)
         self.observed = Observed()
+        self.monitoring = Monitoring(state, settings, sharded=is_sharded(state.models.values()))
+        # What a communication hook (post-local SGD, for one) leaves different on purpose is not compared.
+        compares = replicated and gradients_reach_all(state.models.values(), voter.world_size)
+        compares = compares and not self._is_alone and "replicas" in chosen(settings.monitors)
+        self._replicas = ReplicaWatch(state, settings.compare_replicas_every) if compares else None
         self.details: list[dict[str, Any]] = []
         self.protection = Protection(
             state=state,
@@ -180,6 +189,8 @@ class Guard:
         attempt.ordinals = ordinals
         attempt.flags = flags
         attempt.voids_gradient = False
+        if self.monitoring.origin is not None:
+            self.monitoring.origin.begin()
         self._is_voting = not self._carries_votes or self._is_vote_due(self.step + 1)
         if not self._is_voting:
             attempt.voids_gradient = flags != 0
@@ -193,10 +204,18 @@ class Guard:
         return False
 
     def _is_vote_due(self, step: int) -> bool:
-        return step % self.vote_cadence.every == 0 or self.protection.is_checkpoint_near(step)
+        if step % self.vote_cadence.every == 0 or self.protection.is_checkpoint_near(step):
+            return True
+        return self._replicas is not None and self._replicas.is_due(self.step, self.protection.cadence.last)
+
+    def _digest_due(self) -> int | None:
+        replicas = self._replicas
+        if replicas is None or not replicas.is_due(self.step, self.protection.cadence.last):
+            return None
+        return replicas.digest()
 
     def _send_ballot(self) -> None:
-        self.voter.begin(self.attempt.flags)
+        self.voter.begin(self.attempt.flags, self._digest_due())
         self.mean_loss.begin()
 
     def request(self, flag: Flag) -> None:
@@ -228,9 +247,11 @@ class Guard:
                 merged = self.voter.result(step)
                 faults |= self.mean_loss.judge(step) & self._heeded
             self.agreed = merged & _REQUESTS
-            faults |= merged & _FAULTS
+            faults |= merged & _FAULTS | self._replica_fault()
         if faults:
             return self._decide(Flag(faults), step)
+        if norm is not None and self.monitoring.is_due():
+            self._look()
         history = self.history
         if history.mode is not Mode.TRAINING or history.skips_in_a_row or history.lr_scale != 1.0:
             self.history, decision = healthy(self.settings.policy, history, step)
@@ -248,15 +269,30 @@ class Guard:
         step = self.step + 1
         seen = self.gradient_monitors[optimizer].judge(norm).value & self._heeded
         if not attempt.losses:
-            seen |= (
-                self.watch.judge(self.step) & self._heeded
-            )  # no loss was voted on, so this is the step's only ballot
+            # No loss was voted on, so this is the step's only ballot.
+            carried, self._carried = self._carried, 0
+            seen |= (self.watch.judge(self.step) | carried) & self._heeded | self._asked
         local = bool(not attempt.losses) or not self.replicated
         attempt.flags = seen
-        if local and self.voter.world_size > 1:
-            self.voter.begin(seen)
-            seen = self.voter.result(step)
-        return self._decide(Flag(seen & _FAULTS), step) if seen & _FAULTS else None
+        if local and not self._is_alone:
+            self.voter.begin(seen, self._digest_due())
+            seen = self.voter.result(step) | self._replica_fault()
+        if not attempt.losses:
+            self.agreed = seen & _REQUESTS
+        if seen & _FAULTS:
+            return self._decide(Flag(seen & _FAULTS), step)
+        if optimizer == 0 and self.monitoring.is_due():
+            self._look()
+        return None
+
+    def _replica_fault(self) -> int:
+        return Flag.REPLICAS_DIFFER.value & self._heeded if self.voter.differs else 0
+
+    def _look(self) -> None:
+        """The monitors' turn. What they find goes into the next ballot: it does not hold up this update."""
+        self._carried |= self.monitoring.look(self.step)
+        if self.monitoring.alerts:
+            self._asked |= _ALERT
 
     def committed(self) -> None:
         """The update that `conclude` allowed has been applied."""
@@ -269,20 +305,39 @@ class Guard:
             loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
             self.loss_monitor.accept(loss)
             self.mean_loss.committed(loss)
+            self.monitoring.accepted(step, loss)
         if attempt.norm is not None:
             self.gradient_monitors[attempt.optimizer].accept(attempt.norm)
         if self.rate_monitor.has_risen:
             self.rate_monitor.accept()
+        if self.monitoring.watches_updates:
+            self.monitoring.updated()
 
     # ------------------------------------------------------------------ between steps
 
     def boundary(self) -> None:
         """Certifies and takes snapshots. Call between two updates, on every rank.
 
-        It communicates only while the snapshot cadence is being measured.
+        It communicates only while the snapshot cadence is being measured, and to tell alerts.
         """
+        if self.agreed & _ALERT:
+            self._tell_alerts()
         if self.step >= self.protection.quiet_until:
             self._carried |= self.protection.boundary(self.step, is_writing=bool(self.agreed & _BUSY)).value
+
+    def _tell_alerts(self) -> None:
+        """Brings all ranks' alerts to rank 0, which tells them. Every rank gets here after the same vote; it blocks."""
+        self.agreed &= ~_ALERT
+        self._asked &= ~_ALERT
+        everyone = self.voter.gather(self.monitoring.take_alerts(), self.step)
+        if self.voter.rank == 0:
+            tell(everyone, self._record, generation=self._generation)
+
+    def show_batch(self, data: Any, ordinal: int, epoch: int) -> None:
+        """Shows the monitors of batches a batch before its forward."""
+        self._carried |= self.monitoring.batch(data, ordinal=ordinal, epoch=epoch, step=self.step)
+        if self.monitoring.alerts:
+            self._asked |= _ALERT
 
     @property
     def is_measuring(self) -> bool:
@@ -321,8 +376,10 @@ class Guard:
         flags = (self.watch.scan().value | self._carried) & self._heeded & _FAULTS
         self._carried = 0
         self.attempt = Attempt(flags=flags)
-        self.voter.begin(flags)
+        self.voter.begin(flags | (_ALERT if self.monitoring.alerts else 0))
         merged = self.voter.result(self.step)
+        if merged & _ALERT:
+            self._tell_alerts()
         if merged & _FAULTS:
             return self._decide(Flag(merged & _FAULTS), self.step)
         self.protection.seal(self.step)
@@ -402,6 +459,7 @@ class Guard:
         local = [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
         corrupt = self.watch.scan()
         local += [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
+        local = [dataclasses.asdict(finding) for finding in self.monitoring.take_findings()] + local
         attempt = self.attempt
         mine = {
             "rank": self.voter.rank,
@@ -458,6 +516,7 @@ class Guard:
             "vote_cadence": self.vote_cadence.state_dict(),
             "observed": self.observed.state_dict(),
             "sections": self.sections.state_dict(),
+            "monitors": self.monitoring.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_history: bool) -> None:
@@ -476,6 +535,7 @@ class Guard:
         self.observed.load_state_dict(state["observed"])
         if "sections" in state:  # not in checkpoints of earlier versions
             self.sections.load_state_dict(state["sections"])
+        self.monitoring.load_state_dict(state.get("monitors", {}))
         self.vote_cadence.load_state_dict(state["vote_cadence"])
         self.protection.cadence.load_state_dict(state["cadence"], step=self.step)
         self._carried = 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from arc_dist.protocol.healing import Decision
+from arc_dist.protocol.replicas import odd_ones
 from arc_dist.snapshot.state import TrainingState
 
 
@@ -23,7 +24,8 @@ def incident(
         failed_step: the step whose update was not applied.
         seconds: what acting took.
     """
-    blamed = [theirs for theirs in details if theirs["flags"] or theirs["corrupt"]] or details
+    odd = odd_ones([theirs["weights"] for theirs in details])
+    blamed = [theirs for theirs in details if theirs["flags"] or theirs["corrupt"] or theirs["rank"] in odd] or details
     causes = sorted({flag for theirs in details for flag in theirs["flags"]}) or [decision.reason.split(":")[0]]
     tensors = sorted({finding["name"] for theirs in blamed for finding in theirs["tensors"]})
     restored = decision.restore_step

@@ -114,6 +114,9 @@ class GuardedLoop:
             if not batches:
                 self._exhausted = True
                 continue
+            if guard.monitoring.sees_batches:
+                for batch in batches:
+                    guard.show_batch(batch.data, batch.ordinal, batch.epoch)
             fetched = time.perf_counter()
             try:
                 result = self._step(batches, began, fetched)

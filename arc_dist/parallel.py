@@ -33,11 +33,16 @@ def parallelism(models: Iterable[nn.Module], world_size: int) -> Parallelism:
     if world_size == 1:
         return Parallelism.NONE
     models = list(models)
-    if any(isinstance(parameter, DTensor) for model in models for parameter in model.parameters()):
+    if is_sharded(models):
         return Parallelism.SHARDED
     if models and all(ddp_modules(model) for model in models):
         return Parallelism.REPLICATED
     return Parallelism.UNKNOWN
+
+
+def is_sharded(models: Iterable[nn.Module]) -> bool:
+    """Whether any parameter is a DTensor."""
+    return any(isinstance(parameter, DTensor) for model in models for parameter in model.parameters())
 
 
 def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from arc_dist.errors import ConfigError
+from arc_dist.monitors.base import build, chosen
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
 from arc_dist.protocol.hangs import HangPolicy
 from arc_dist.protocol.healing import HealingPolicy
@@ -47,6 +49,12 @@ class Settings:
         ignore: names of flags that are never raised, such as ("grad_vanishing",).
         loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
         reduce_loss_every: updates between two judgements of the loss averaged over ranks.
+        monitors: "lite", "standard" or "full", or several of these and of the names in docs/monitors.md; "-name" takes
+            one away. What non-finite values, explosions, resets and rates need is always on.
+        monitor_options: by monitor, its options, and `policy`: "alert", "skip" or "rollback".
+        monitor_budget: share of the time that these monitors may take; they look less often to keep it.
+        compare_replicas_every: updates between two comparisons of DDP replicas by the monitor "replicas".
+        stray_writes: what the monitor of that name does: "rollback" or "alert".
         vote_timeout_s: how long a rank waits for the vote of the others, in seconds.
         hang_factor, hang_min_s: a rank may be in a section of the step for this many times the longest stay so far, and
             always for that many seconds; a factor of 0 learns nothing.
@@ -75,6 +83,11 @@ class Settings:
     loss_explosion_sigmas: float = 20.0
     grad_explosion_factor: float = 50.0
     reduce_loss_every: int = 8
+    monitors: str | tuple[str, ...] = "lite"
+    monitor_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    monitor_budget: float = 0.01
+    compare_replicas_every: int = 64
+    stray_writes: str = "rollback"
     vote_timeout_s: float = 300.0
     hang_factor: float = 10.0
     hang_min_s: float = 60.0
@@ -84,7 +97,7 @@ class Settings:
     on_world_change: str = OnWorldChange.EXACT.value
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "certify_after", "reduce_loss_every"):
+        for name in ("accumulate", "certify_after", "reduce_loss_every", "compare_replicas_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("snapshot_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -117,6 +130,11 @@ class Settings:
         _require("hang_deadline_s", value, value is None or 0 <= value < math.inf, "0 or more, or None")
         choices = [choice.value for choice in OnWorldChange]
         _require("on_world_change", self.on_world_change, self.on_world_change in choices, f"one of {choices}")
+        _require("monitor_budget", self.monitor_budget, 0.0 < self.monitor_budget <= 1.0, "in (0, 1]")
+        _require(
+            "stray_writes", self.stray_writes, self.stray_writes in ("alert", "rollback"), "one of alert, rollback"
+        )
+        build(chosen(self.monitors), self.monitor_options)  # refuses unknown names and options
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)
         _require("ignore", self.ignore, not unknown, f"flag names; unknown: {unknown}; known: {sorted(known)}")

@@ -93,16 +93,16 @@ def test_a_fault_that_one_rank_sees_between_votes_is_answered_by_all(hurt):
 
 
 def quiet_body(rank, world_size, toy):
-    job = guarded(toy)
+    job = guarded(toy, monitors=("standard", "-replicas"))  # which adds a vote after each snapshot
     first = next(job.steps)
     assert first.number == 1
     guard = job.arc._engine.guard
     voted = []  # the steps with a vote
     begin = guard.voter.begin
 
-    def noted(ballot):
+    def noted(ballot, digest=None):
         voted.append(guard.step + 1)
-        begin(ballot)
+        begin(ballot, digest)
 
     guard.voter.begin = noted
     list(job.steps)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from arc_dist import errors
 from arc_dist.errors import ArcError, ConfigError, PeerLost
+from arc_dist.protocol import replicas
 from arc_dist.protocol.flags import Flag
 
 
@@ -39,7 +40,9 @@ class Voter:
         self.rank, self.world_size = distributed_world()
         self._ballot = 0
         self._work: dist.Work | None = None
+        self.differs = False  # the replicas' digests of the last vote that carried them were not equal
         self._word = torch.zeros(1, dtype=torch.int64)
+        self._words = self._word  # of the vote at hand; three when it carries a digest
         self._mean_work: dist.Work | None = None
         self._mean = torch.zeros(2, dtype=torch.float64)
         self._group: dist.ProcessGroup | None = None
@@ -49,12 +52,22 @@ class Voter:
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
 
-    def begin(self, ballot: Flag | int) -> None:
-        """Hands in this rank's ballot; does not block."""
+    def begin(self, ballot: Flag | int, digest: int | None = None) -> None:
+        """Hands in this rank's ballot; does not block.
+
+        Args:
+            ballot: this rank's flags.
+            digest: of this rank's replica, to be compared with the others'; on all ranks or on none.
+        """
         self._ballot = int(ballot)
+        self._words = self._word
+        self.differs = False
         if self._group is not None:
-            self._word.fill_(self._ballot)
-            self._work = dist.all_reduce(self._word, op=dist.ReduceOp.BOR, group=self._group, async_op=True)
+            if digest is None:
+                self._word.fill_(self._ballot)
+            else:
+                self._words = torch.tensor([self._ballot, *replicas.ballot(digest)])
+            self._work = dist.all_reduce(self._words, op=dist.ReduceOp.BOR, group=self._group, async_op=True)
 
     def result(self, step: int) -> int:
         """The OR of all ballots as a plain integer. Blocks until every rank has handed in its own.
@@ -69,7 +82,11 @@ class Voter:
             work.wait()
         except RuntimeError as error:
             raise self._lost("the vote", step, error) from error
-        return int(self._word.item())
+        if self._words is self._word:
+            return int(self._word.item())
+        merged, any_set, any_clear = self._words.tolist()
+        self.differs = not replicas.all_equal(any_set, any_clear)
+        return merged
 
     def begin_mean(self, total: float, count: int) -> None:
         """Begins the mean over all ranks of `count` values that sum to `total`; does not block."""

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from arc_dist.monitors.base import Finding
 from arc_dist.protocol.flags import NO_FLAGS, Flag
 
 _WEIGHT_GROWTH = 30.0
@@ -58,16 +59,6 @@ class _Slice:
     is_weight: bool
     norm: float | None = None
     exempt: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What a probe found, for the incident: which tensor, which value, which flag."""
-
-    flag: Flag
-    name: str
-    value: float
-    before: float | None
 
 
 class StateProbe:

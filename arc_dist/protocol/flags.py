@@ -22,6 +22,7 @@ class Flag(enum.IntFlag):
     GRAD_NONFINITE = 1 << 2
     GRAD_EXPLOSION = 1 << 3
     GRAD_VANISHING = 1 << 4
+    MONITOR_UPDATE = 1 << 7  # a monitor whose policy is to skip
     # Faults of the state itself: only an older state helps.
     WEIGHT_NONFINITE = 1 << 8
     WEIGHT_NORM = 1 << 9
@@ -30,14 +31,25 @@ class Flag(enum.IntFlag):
     OPTIMIZER_RESET = 1 << 12
     LEARNING_RATE = 1 << 13
     REDUCED_LOSS_EXPLOSION = 1 << 14
+    MONITOR_STATE = 1 << 20  # a monitor whose policy is to roll back
+    STRAY_WRITE = 1 << 21
+    REPLICAS_DIFFER = 1 << 22
+    OPTIMIZER_INVALID = 1 << 23
+    HYPERPARAMETER = 1 << 24
     # Requests.
     PREEMPT = 1 << 33
     CHECKPOINT_BUSY = 1 << 35  # a checkpoint is still being written: none may be begun
+    ALERT = 1 << 40  # a rank has something to tell that nobody acts on
 
 
 NO_FLAGS = Flag(0)
 UPDATE_FAULTS = (
-    Flag.LOSS_NONFINITE | Flag.LOSS_EXPLOSION | Flag.GRAD_NONFINITE | Flag.GRAD_EXPLOSION | Flag.GRAD_VANISHING
+    Flag.LOSS_NONFINITE
+    | Flag.LOSS_EXPLOSION
+    | Flag.GRAD_NONFINITE
+    | Flag.GRAD_EXPLOSION
+    | Flag.GRAD_VANISHING
+    | Flag.MONITOR_UPDATE
 )
 STATE_FAULTS = (
     Flag.WEIGHT_NONFINITE
@@ -47,9 +59,14 @@ STATE_FAULTS = (
     | Flag.OPTIMIZER_RESET
     | Flag.LEARNING_RATE
     | Flag.REDUCED_LOSS_EXPLOSION
+    | Flag.MONITOR_STATE
+    | Flag.STRAY_WRITE
+    | Flag.REPLICAS_DIFFER
+    | Flag.OPTIMIZER_INVALID
+    | Flag.HYPERPARAMETER
 )
 FAULTS = UPDATE_FAULTS | STATE_FAULTS
-REQUESTS = Flag.PREEMPT | Flag.CHECKPOINT_BUSY
+REQUESTS = Flag.PREEMPT | Flag.CHECKPOINT_BUSY | Flag.ALERT
 
 
 def merge(a: Flag, b: Flag) -> Flag:
