@@ -143,7 +143,7 @@ def main():
     note_life()
     strike("start", 0)
     for place in ("restore", "restored"):
-        struck_around(restore, "_from_memory", place, lambda args: 0)
+        struck_around(restore, "_planned", place, lambda args: 0)
         struck_around(restore, "_read", place, lambda args: 0)
     for place in ("save", "saved"):  # the saved shard is not reported yet
         struck_around(Checkpointer, "_write_to", place, lambda args: args[1].step)
