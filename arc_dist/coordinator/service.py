@@ -127,6 +127,16 @@ class Coordinator:
         return Coordinator(world_size, run_dir=run_dir, journal=Journal.open(run_dir / JOURNAL_NAME), **settings)
 
     @property
+    def job(self) -> Job:
+        """The state of the job, which never changes in place."""
+        return self._job
+
+    @property
+    def saves(self) -> Saves:
+        """The state of the saves, which never changes in place."""
+        return self._saves.saves
+
+    @property
     def methods(self) -> frozenset[str]:
         """What `call` understands."""
         return frozenset(self._methods) | {"incident"}
