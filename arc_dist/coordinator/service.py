@@ -68,6 +68,7 @@ class Coordinator:
         journal: where decisions go, and from where they come back; None forgets them.
         clock: monotonic seconds.
         max_restarts: see `protocol.budgets`.
+        max_fruitless: see `protocol.budgets`.
         commit: writes manifests; default: the checkpoint store's.
         starting_timeout_s: see `protocol.job.JobConfig`.
         ending_timeout_s: see `protocol.job.JobConfig`.
@@ -82,13 +83,14 @@ class Coordinator:
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
         max_restarts: int = 100,
+        max_fruitless: int = 3,
         commit: CommitPort = default_commit,
         starting_timeout_s: float = 600.0,
         ending_timeout_s: float = 60.0,
     ) -> None:
         self._config = JobConfig(
             world_size=world_size,
-            budget=BudgetPolicy(max_restarts=max_restarts),
+            budget=BudgetPolicy(max_restarts=max_restarts, max_fruitless=max_fruitless),
             starting_timeout_s=starting_timeout_s,
             ending_timeout_s=ending_timeout_s,
         )
