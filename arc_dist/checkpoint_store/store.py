@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -450,6 +451,7 @@ def _about(parts: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     return dict(cast("dict[str, Any]", first)) if isinstance(first, dict) else {}
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     try:
         ours = importlib.metadata.version("arc-dist")

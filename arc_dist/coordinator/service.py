@@ -56,6 +56,7 @@ _METHODS = (
 )
 _MAX_HOLDINGS = 64
 _MAX_LISTED = 100_000
+_APPEND_AGAIN_S = 1.0
 
 
 class Coordinator:
@@ -104,6 +105,7 @@ class Coordinator:
         self._closed = False
         self._told: set[int] = set()  # ranks that were told that the job is over
         self._journal_error: str | None = None
+        self._append_again_s = 0.0
         self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
         self._job = self._revived(journal)
         saves = Saves(world_size=world_size, poisoned=self._job.known.poison)
@@ -329,6 +331,7 @@ class Coordinator:
         """Lets the rules answer, makes durable what must be, and only then shows it to others."""
         outcome = generations.apply(self._config, self._job, event, self._clock())
         if outcome.job is self._job and not outcome.actions:
+            self._append_late()
             return
         if any(
             isinstance(action, (GenerationEnds, GenerationRuns, JobOver, StateMatters)) for action in outcome.actions
@@ -381,6 +384,12 @@ class Coordinator:
                 logger.warning("%s; a restarted coordinator would not know it", error)
             self._journal_error = str(error)
 
+    def _append_late(self) -> None:
+        """Tries again to make durable what the journal did not take, now and then, while nothing else happens."""
+        if self._journal_error is not None and self._clock() >= self._append_again_s:
+            self._append_again_s = self._clock() + _APPEND_AGAIN_S
+            self._append(self._job)
+
     def _revived(self, journal: Journal | None) -> Job:
         if journal is None or journal.last is None:
             return Job(since_s=self._clock())
@@ -412,9 +421,12 @@ class Coordinator:
             )
 
     def _check_sender(self, fields: Fields) -> None:
-        """A supervisor that was replaced is told so: it must not start a second process for its rank."""
+        """A supervisor that was replaced is told so: it must not start a second process for its rank.
+
+        A job that is over takes no new members and starts nothing; whoever asks is told the end.
+        """
         sender = fields.text("sender", default="")
-        if not sender:
+        if not sender or self._job.phase.is_over:
             return
         rank = self._rank(fields)
         member = self._job.members.get(rank)

@@ -50,6 +50,7 @@ class Truth:
     Attributes:
         world_size: number of ranks.
         replicated: every rank holds the whole state.
+        hosts: where each rank is.
         plans: what each generation was decided to restore.
         lost: tokens of updates that a later decision gave up.
         poisoned: tokens of updates that were found to be bad, and whose poison the coordinator has acknowledged.
@@ -63,6 +64,7 @@ class Truth:
 
     world_size: int
     replicated: bool
+    hosts: Mapping[int, str]
     plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
     lost: set[int] = dataclasses.field(default_factory=set)
     poisoned: set[int] = dataclasses.field(default_factory=set)
@@ -72,8 +74,13 @@ class Truth:
     processes: list[Running] = dataclasses.field(default_factory=list)
     next_token: int = 0
     num_losses: int = 0
-    losses_at_start: dict[int, int] = dataclasses.field(default_factory=dict)
+    losses_before: dict[int, int] = dataclasses.field(default_factory=dict)
     excused: bool = False
+
+    def __post_init__(self) -> None:
+        self.on_host: dict[str, list[int]] = {}
+        for rank, host in self.hosts.items():
+            self.on_host.setdefault(host, []).append(rank)
 
     def running(self) -> list[Running]:
         """The training processes that live."""
@@ -107,8 +114,8 @@ def s1_done_is_done(finished: int, world_size: int, phase: Phase) -> None:
 
 
 def s2_no_end_without_a_loss(truth: Truth, generation: int) -> None:
-    """No generation is ended unless a process was lost since it started."""
-    if truth.num_losses <= truth.losses_at_start.get(generation, -1):
+    """No generation is ended unless a process was lost that was not told to end, since the one before was ended."""
+    if truth.num_losses <= truth.losses_before.get(generation, 0):
         raise Violation(f"S2: generation {generation} is ended, and nothing was lost")
 
 
@@ -155,18 +162,16 @@ def s4_newest(truth: Truth, known: Known, plan: Plan, history: History) -> None:
     """
     bad = truth.lost | truth.poisoned
     best = len(history)
-    per_rank: list[set[History]] = []
-    for rank in range(truth.world_size):
-        usable: set[History] = set()
-        for holding, held in truth.rings[rank].values():
+    reachable: dict[int, set[History]] = {rank: set() for rank in range(truth.world_size)}
+    for giver in range(truth.world_size):
+        for holding, held in truth.rings[giver].values():
             covered = any(poison.covers(holding.step, holding.generation) for poison in known.poison)
-            if len(held) > best and holding.trusted and not covered and not bad & set(held):
-                usable.add(held)
-        per_rank.append(usable)
-        if not truth.replicated and not usable:
-            return
-    whole = set.union(*per_rank) if truth.replicated else set.intersection(*per_rank)
-    newest = max((len(held) for held in whole), default=0)
+            if len(held) <= best or not holding.trusted or covered or bad & set(held):
+                continue
+            peers = truth.on_host[truth.hosts[giver]] if truth.replicated else (giver,)
+            for rank in peers:
+                reachable[rank].add(held)
+    newest = max((len(held) for held in set.intersection(*reachable.values())), default=0)
     if newest > best:
         raise Violation(f"S4: step {newest} is whole in memory, and {plan.tier.value} {best} is planned")
 

@@ -20,7 +20,7 @@ from arc_dist.testing.disks import Disk
 from arc_dist.testing.injector import Injector
 from arc_dist.testing.invariants import Manifested, Truth
 from arc_dist.testing.network import CoordinatorHost, Network
-from arc_dist.testing.supervisors import Exited, Supervisor, was_replaced
+from arc_dist.testing.supervisors import Exited, Supervisor
 from arc_dist.testing.training import Group, Seat, Trainer
 from arc_dist.testing.world import Life, Violation, World
 
@@ -47,10 +47,10 @@ class Options:
     num_ranks: int = 4
     ranks_per_node: int = 2
     replicated: bool = False
-    target_step: int = 12
+    target_step: int = 8
     num_faults: int = 8
-    horizon_s: float = 2.5
-    max_fruitless: int = 1000
+    horizon_s: float = 1.0
+    max_fruitless: int = 25
 
     @property
     def num_nodes(self) -> int:
@@ -66,7 +66,8 @@ class SimJob:
         self.world_size = options.num_ranks
         self.target_step = options.target_step
         self.replicated = options.replicated
-        self.truth = Truth(world_size=options.num_ranks, replicated=options.replicated)
+        hosts = {rank: f"node{rank // options.ranks_per_node}" for rank in range(options.num_ranks)}
+        self.truth = Truth(world_size=options.num_ranks, replicated=options.replicated, hosts=hosts)
         self.network = Network(world)
         self.disks = [Disk("fast"), Disk("slow"), Disk("journal")]
         self.tiers = self.disks[:2]
@@ -122,8 +123,7 @@ class SimJob:
 
     def _new_seat(self, rank: int) -> Seat:
         self._num_pids += 1
-        host = f"node{rank // self.options.ranks_per_node}"
-        seat = Seat(rank=rank, pid=self._num_pids, host=host, life=Life(f"supervisor {rank}"))
+        seat = Seat(rank=rank, pid=self._num_pids, host=self.truth.hosts[rank], life=Life(f"supervisor {rank}"))
         self.truth.rings[rank] = seat.ring
         return seat
 
@@ -170,7 +170,7 @@ class SimJob:
             return
         self.world.note(f"supervisor of rank {rank} fails: {type(error).__name__}")
         self.truth.num_losses += 1
-        if seat is self.seats[rank] and not was_replaced(error):
+        if seat is self.seats[rank]:  # else its launcher has started another
             self.relaunch(rank, _RELAUNCH_S)
 
     def fork(self, seat: Seat, generation: int, directive: dict[str, Any]) -> Trainer:
@@ -212,6 +212,7 @@ class SimJob:
         elif job.phase is Phase.ENDING:
             if not truth.excused:
                 invariants.s2_no_end_without_a_loss(truth, job.generation)
+            truth.losses_before[job.generation + 1] = truth.num_losses
             self._check_journal(service, error)
         elif job.phase is Phase.DONE:
             group = self.groups.get(job.generation)
@@ -231,7 +232,6 @@ class SimJob:
         assert plan is not None
         invariants.s1_one_decision(truth, plan)
         invariants.s13_nobody_runs(truth, plan.generation)
-        truth.losses_at_start[plan.generation] = truth.num_losses
         self.counts[f"plan {plan.tier.value}"] += 1
         self.world.note(f"generation {plan.generation} is to restore step {plan.step} from {plan.tier.value}")
         history = invariants.s3_whole(truth, plan)
@@ -298,11 +298,12 @@ class SimJob:
         self.acknowledgements[tier, step, generation] = found[-1]
 
     def _check_end(self) -> None:
-        for (tier, _, _), entry in sorted(self.acknowledgements.items()):
-            disk = self.tiers[tier]
+        newest = {tier: key for key in sorted(self.acknowledgements) for tier in [key[0]]}
+        for key, entry in sorted(self.acknowledgements.items()):
+            disk = self.tiers[key[0]]
             path = f"{saving.RUN}/{entry.directory}"
             invariants.s6_kept(self.truth, entry, disk.holds(f"{path}/{MANIFEST_NAME}"))
-            if not any(name.startswith(f"{path}/") for name in disk.damaged):
+            if key == newest[key[0]] and not any(name.startswith(f"{path}/") for name in disk.damaged):
                 self._check_readable(disk, entry)
         codes = set(self.ended.values())
         if len(codes) != 1:
@@ -310,7 +311,8 @@ class SimJob:
         (code,) = codes
         self.counts[f"ended {code}"] += 1
         allowed = {0, ExitCode.INFRASTRUCTURE, ExitCode.PREEMPTED}
-        if self.options.max_fruitless < 1000:
+        if self.options.max_fruitless < 25 or any(disk.damaged for disk in self.disks):
+            # Where the only state that is left cannot be read, trying again brings no progress.
             allowed.add(ExitCode.NO_PROGRESS)
         if code not in allowed:
             raise Violation(f"liveness: the job ended with {code}")

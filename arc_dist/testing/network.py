@@ -176,7 +176,7 @@ class CoordinatorHost:
             commit=lambda *args: self._commit(life, *args),
             **self._settings,
         )
-        life.on_end = lambda: self.world.after(0.3, self.start)
+        life.on_end = self._died
         self.world.note(f"coordinator of epoch {self.service.epoch} starts")
         self.world.after(_TICK_S, lambda: self._tick(life))
 
@@ -184,6 +184,11 @@ class CoordinatorHost:
     def job(self) -> Job | None:
         """What the coordinator of the moment believes, if one lives."""
         return self.service.job if self.service is not None and self._life.alive else None
+
+    def _died(self) -> None:
+        self._remember_loss()
+        self.world.note("coordinator dies while it writes")
+        self.world.after(0.3, self.start)
 
     def crash(self, back_after_s: float) -> None:
         """Ends the process; it is started again later."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from arc_dist.coordinator.client import Methods
-from arc_dist.errors import ArcError, CoordinatorUnavailable, Fenced
+from arc_dist.errors import ArcError, CoordinatorUnavailable
 from arc_dist.testing.network import Network
 from arc_dist.testing.world import Life, Script, Thread, Wait, World
 
@@ -319,7 +319,3 @@ class Supervisor:
 def _is_event(item: Any) -> bool:
     return isinstance(item, (Directed, CoordinatorLost, CoordinatorFound, Failed, Exited))
 
-
-def was_replaced(error: ArcError | None) -> bool:
-    """Whether a supervisor ended because another has taken its place."""
-    return isinstance(error, Fenced) and "another supervisor" in error.message

@@ -17,7 +17,7 @@ from arc_dist.testing import invariants, saving
 from arc_dist.testing.disks import Disk
 from arc_dist.testing.invariants import History, Ring, Truth
 from arc_dist.testing.network import Network
-from arc_dist.testing.world import Killed, Life, Script, Thread, Wait, World
+from arc_dist.testing.world import Killed, Life, Script, Thread, Wait, World, when_awake
 
 SNAPSHOT_EVERY = 2
 _RING_SLOTS = 4
@@ -76,6 +76,7 @@ class Trainer:
         self.life = Life(f"trainer {seat.rank}", on_end=lambda: self.exit(_killed(9)))
         self.client = Methods()
         self.saving = False
+        self._told_to_end = False
         self._on_exit = on_exit
 
     @property
@@ -92,16 +93,21 @@ class Trainer:
             return
         self.cause = cause
         self.life.alive = False
-        if cause["kind"] != "finished":
+        if cause["kind"] != "finished" and not self._told_to_end:
             self.job.truth.num_losses += 1
         self.job.world.note(f"rank {self.rank} of generation {self.generation}: {_describe(cause)}")
         self.job.world.after(0.001, self._on_exit)
+
+    def lose_peer(self) -> None:
+        """A collective raised, and the script with it."""
+        self.exit(_raised("PeerLost", "connection closed by peer", ExitCode.INFRASTRUCTURE))
 
     def kill(self) -> None:
         self.exit(_killed(9))
 
     def part(self) -> float:
         """Saves the last step and ends; seconds until that must be done."""
+        self._told_to_end = True
         if self.life.frozen or not self.life.alive:
             return 0.0
         if self.history is not None and self.job.world.random.random() < 0.8:
@@ -293,10 +299,8 @@ class Group:
             return
         self.is_broken = True
         for trainer in self.trainers.values():
-            if trainer.life.alive and not trainer.life.frozen and trainer.history is not None:
-                delay_s = self.job.world.random.uniform(0.0, _ECHO_S)
-                echo = _raised("PeerLost", "connection closed by peer", ExitCode.INFRASTRUCTURE)
-                self.job.world.after(delay_s, lambda trainer=trainer: trainer.exit(echo))
+            delay_s = self.job.world.random.uniform(0.0, _ECHO_S)
+            self.job.world.after(delay_s, lambda trainer=trainer: when_awake(trainer.life, trainer.lose_peer))
 
     def _step(self) -> None:
         trainers = list(self.trainers.values())
