@@ -4,7 +4,9 @@ A line is ``<crc32 in hex> <JSON>``. It is on disk when `append` returns. Becaus
 taking the last one, and compaction is keeping only it, which happens at every opening.
 
 Opening raises the *epoch*, durably, before anything else: it tells this coordinator from an earlier one that may still
-believe itself alive. The file is locked while it is open; two coordinators never write to one journal.
+believe itself alive. The file is locked while it is open. Where the lock is lost (a host that was away too long, a file
+system that forgets locks), the newer coordinator has put a file of its own in the older one's place: the older one then
+finds, before it tells anybody, that what it has appended is not in the journal, and is fenced.
 
 What a crash can leave behind is a torn last line, whose decision was told to nobody; it is dropped. Damage anywhere
 else is no crash but an alteration, and nothing is decided on it.
@@ -19,7 +21,7 @@ import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
-from arc_dist.errors import ConfigError, StoreCorrupt, StoreError
+from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 
 _COMPACT_BYTES = 16 << 20
 
@@ -43,6 +45,10 @@ class JournalFile(Protocol):
         ...
 
     def truncate(self, nbytes: int) -> None: ...
+
+    def is_in_place(self) -> bool:
+        """Whether it is still the file that the next coordinator will read."""
+        ...
 
     def close(self) -> None: ...
 
@@ -93,22 +99,31 @@ class Journal:
 
         Raises:
             StoreError: it is not durable. What was written of it is taken back, so that the file stays readable.
+            Fenced: another coordinator has taken the journal over.
         """
         assert self._file is not None  # the service appends to no journal that it has closed
         line = _line({"epoch": self.epoch, "state": state})
         try:
             if self._size_bytes > _COMPACT_BYTES:
+                self._require_place()
                 self._file.replace(line)
                 self._size_bytes = self._file.nbytes
                 return
             self._file.append(line)
+            self._require_place()
         except OSError as error:
             try:
                 self._file.truncate(self._size_bytes)
             except OSError:
                 pass  # a torn last line is what `open` expects
+            self._require_place()  # one that cannot write must not decide beside one that can
             raise StoreError(f"{self.path}: the decision is not on disk: {error}", path=str(self.path)) from error
         self._size_bytes += len(line)
+
+    def _require_place(self) -> None:
+        assert self._file is not None
+        if not self._file.is_in_place():
+            raise Fenced(f"{self.path} was taken over by another coordinator; this one may not decide any more")
 
     def close(self) -> None:
         if self._file is not None:
@@ -160,6 +175,16 @@ class _LockedFile:
     def append(self, data: bytes) -> None:
         _write_all(self._file, data)
         os.fdatasync(self._file)
+
+    def is_in_place(self) -> bool:
+        mine = os.fstat(self._file)
+        try:
+            present = os.stat(self._path)
+        except FileNotFoundError:
+            return False  # it was moved away, and what is appended to it is lost
+        except OSError:
+            return True  # nobody can say; the disk is ill, and that is told
+        return (present.st_ino, present.st_dev) == (mine.st_ino, mine.st_dev)
 
     def truncate(self, nbytes: int) -> None:
         os.ftruncate(self._file, nbytes)

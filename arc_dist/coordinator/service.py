@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from arc_dist.coordinator.journal import Journal
-from arc_dist.coordinator.records import append_incident, describe, identity_of, read_cause, read_holding
+from arc_dist.coordinator.records import append_incident, describe, identity_of, member_of, read_cause, read_holding
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
@@ -200,6 +200,11 @@ class Coordinator:
         rank, generation = self._rank(fields), fields.integer("generation")
         holdings = tuple(read_holding(entry) for entry in fields.mappings("inventory", max_items=_MAX_HOLDINGS))
         inventory = Inventory(host=fields.text("host"), shm_dir=fields.text("shm_dir"), holdings=holdings)
+        # A restarted coordinator may have forgotten a first join, which is not journaled. Were the member not known
+        # when the generation runs, its successor would be taken for the first one, and nobody would end what it left.
+        member = member_of(fields.text("sender", default=""), inventory.host, inventory.shm_dir)
+        if member is not None and rank not in self._job.members:
+            self._apply(Joined(rank=rank, member=member))
         store = fields.mapping_or_none("store")
         if store is not None and generation == self._job.generation + (self._job.phase is not Phase.STARTING):
             self._store = dict(store)
@@ -383,6 +388,9 @@ class Coordinator:
             if self._journal_error is None:
                 logger.warning("%s; a restarted coordinator would not know it", error)
             self._journal_error = str(error)
+        except Fenced:
+            self._deposed_by = self.epoch + 1  # at least
+            raise
 
     def _append_late(self) -> None:
         """Tries again to make durable what the journal did not take, now and then, while nothing else happens."""

@@ -315,6 +315,9 @@ class SimJournalFile:
         self._data += data
         self._disk.answer()
 
+    def is_in_place(self) -> bool:
+        return self._disk.journals.get(self._name) is self._data
+
     def truncate(self, nbytes: int) -> None:
         self._life.check()
         del self._data[nbytes:]

@@ -47,7 +47,7 @@ class Options:
     num_ranks: int = 4
     ranks_per_node: int = 2
     replicated: bool = False
-    target_step: int = 8
+    target_step: int = 14
     num_faults: int = 8
     horizon_s: float = 1.0
     max_fruitless: int = 25
@@ -79,9 +79,10 @@ class SimJob:
         self.supervisors: dict[int, Supervisor] = {}
         self.ended: dict[int, int] = {}
         self.acknowledgements: dict[tuple[int, int, int], Manifested] = {}
+        self._written: dict[tuple[str, str], tuple[int, ...]] = {}  # states of shards, whatever the disk did to them
         self._num_pids = 0
-        self._first_epoch_of: dict[int, Any] = {}
         self._seen: JobState | None = None
+        self._done = 0
         self._committing: frozenset[tuple[int, int]] = frozenset()
         self.counts: collections.Counter[str] = collections.Counter()
         settings = {
@@ -215,6 +216,7 @@ class SimJob:
             truth.losses_before[job.generation + 1] = truth.num_losses
             self._check_journal(service, error)
         elif job.phase is Phase.DONE:
+            self._done = job.generation
             group = self.groups.get(job.generation)
             finished = 0 if group is None else sum(trainer.finished for trainer in group.trainers.values())
             invariants.s1_done_is_done(finished, self.world_size, job.phase)
@@ -260,6 +262,8 @@ class SimJob:
 
     def _published(self, disk: Disk, path: str, data: bytes) -> None:
         """A file got its name; if it is a manifest, a checkpoint has come to exist."""
+        if "/rank-" in path and path.endswith(".json"):
+            self._written[disk.name, path] = tuple(json.loads(data)["objects"]["history"])
         if posixpath.basename(path) != MANIFEST_NAME:
             return
         fields, directory = json.loads(data), posixpath.dirname(path)
@@ -268,9 +272,9 @@ class SimJob:
         missing = [name for name in files if names.get(name) is None]
         histories: list[tuple[int, ...]] = []
         for rank in range(self.world_size):
-            content = names.get(objects_name(rank))
-            if content is not None:
-                histories.append(tuple(json.loads(content)["objects"]["history"]))
+            name = objects_name(rank)
+            if name in names:
+                histories.append(self._written[disk.name, f"{directory}/{name}"])
         entry = Manifested(
             disk=disk.name,
             directory=posixpath.basename(directory),
@@ -317,7 +321,7 @@ class SimJob:
         if code not in allowed:
             raise Violation(f"liveness: the job ended with {code}")
         if code == 0:
-            histories = {trainer.history for trainer in self.groups[max(self.groups)].trainers.values()}
+            histories = {trainer.history for trainer in self.groups[self._done].trainers.values()}
             if len(histories) != 1 or len(next(iter(histories)) or ()) != self.target_step:
                 raise Violation(f"S3: the job is done, and its ranks hold {sorted(map(str, histories))}")
 

@@ -20,6 +20,7 @@ from arc_dist.testing.network import Network
 from arc_dist.testing.world import Killed, Life, Script, Thread, Wait, World, when_awake
 
 SNAPSHOT_EVERY = 2
+SAVE_EVERY = 4
 _RING_SLOTS = 4
 _STEP_S = 0.05
 _RESTORE_S = 0.02
@@ -322,7 +323,8 @@ class Group:
         trusted = [trainer.certify() for trainer in trainers]
         for certified in trusted[0]:
             self.job.truth.certified.add(certified)
-        if trusted[0] and not any(trainer.saving for trainer in trainers):
+        due = bool(trusted[0]) and len(trusted[0][-1]) % SAVE_EVERY == 0
+        if due and not any(trainer.saving for trainer in trainers):
             for trainer, certified in zip(trainers, trusted, strict=True):
                 trainer.save(len(certified[-1]), certified[-1])
         if len(history) % SNAPSHOT_EVERY == 0:
