@@ -57,7 +57,8 @@ class Truth:
         certified: states that were trusted.
         manifests: by disk and directory.
         rings: the memory of each rank at this moment.
-        processes: training processes that were started, those that are gone left out from time to time.
+        processes: the training process of each rank that was started last.
+        oldest: no process of an older generation than this lives.
         num_losses: processes that were lost, ever; a generation may end only for one of them.
         excused: the coordinator forgot what it had announced that it might forget (its journal was not writable).
     """
@@ -71,7 +72,8 @@ class Truth:
     certified: set[History] = dataclasses.field(default_factory=set)
     manifests: dict[tuple[str, str], Manifested] = dataclasses.field(default_factory=dict)
     rings: dict[int, Ring] = dataclasses.field(default_factory=dict)
-    processes: list[Running] = dataclasses.field(default_factory=list)
+    processes: dict[int, Running] = dataclasses.field(default_factory=dict)
+    oldest: int = 0
     next_token: int = 0
     num_losses: int = 0
     losses_before: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -84,8 +86,7 @@ class Truth:
 
     def running(self) -> list[Running]:
         """The training processes that live."""
-        self.processes = [process for process in self.processes if process.is_running]
-        return self.processes
+        return [process for process in self.processes.values() if process.is_running]
 
     def new_token(self) -> int:
         self.next_token += 1
@@ -223,11 +224,15 @@ def s9_trusted(truth: Truth, history: History, where: str) -> None:
 
 def s13_one_process(truth: Truth, rank: int, generation: int) -> None:
     """When a rank's process starts, it has no other, and no rank has one of an older generation."""
+    mine = truth.processes.get(rank)
+    if mine is not None and mine.is_running:
+        raise Violation(f"S13: rank {rank} starts generation {generation} and still runs {mine.generation}")
+    if truth.oldest >= generation:
+        return
     for process in truth.running():
-        if process.rank == rank:
-            raise Violation(f"S13: rank {rank} starts generation {generation} and still runs {process.generation}")
         if process.generation < generation:
             raise Violation(f"S13: generation {generation} starts, and rank {process.rank} runs {process.generation}")
+    truth.oldest = generation
 
 
 def s13_nobody_runs(truth: Truth, generation: int) -> None:

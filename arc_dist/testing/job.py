@@ -182,7 +182,7 @@ class SimJob:
         invariants.s13_one_process(self.truth, rank, generation)
         supervisor = self.supervisors[rank]
         trainer = Trainer(self, seat, generation, plan, lambda: supervisor.thread.deliver(Exited()))
-        self.truth.processes.append(trainer)
+        self.truth.processes[rank] = trainer
         group = self.groups.get(generation)
         if group is None or (rank in group.trainers and self.truth.excused):
             group = self.groups[generation] = Group(self, generation)
@@ -194,13 +194,12 @@ class SimJob:
     def _changed(self, service: Coordinator) -> None:
         before, job = self._seen, service.job
         self._seen = job
-        error = service.call("status", {})["journal_error"]
         if self.host.forgot:
             self.truth.excused = True
         if before is None or before.phase is not job.phase or before.generation != job.generation:
             self.world.note(f"{job.phase.value} {job.generation}")
             self.injector.phase_changed(job)
-            self._phase_changed(service, job, error)
+            self._phase_changed(service, job, service.call("status", {})["journal_error"])
         self._check_commits(service)
 
     def _phase_changed(self, service: Coordinator, job: JobState, error: str | None) -> None:

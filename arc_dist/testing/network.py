@@ -152,7 +152,7 @@ class CoordinatorHost:
         self._settings = settings
         self._on_change = on_change
         self._life = Life("coordinator", alive=False)
-        self._parked: list[tuple[float, Request]] = []
+        self._parked: list[tuple[float, object, Request]] = []
         self._sweeping = False
         self._nested = 0
         self.start()
@@ -197,7 +197,7 @@ class CoordinatorHost:
         self._remember_loss()
         self._life.alive = False
         self.world.note("coordinator crashes")
-        for _, request in self._parked:
+        for _, _, request in self._parked:
             self.network.reply(request, None, CoordinatorUnavailable("connection reset by peer"))
         self.world.after(back_after_s, self.start)
 
@@ -248,7 +248,7 @@ class CoordinatorHost:
             request.method == "commit_status" and answer["status"] in ("pending", "committing", "unknown")
         )
         if waits_s and is_pending and service is self.service:
-            self._parked.append((self.world.now_s + waits_s, request))
+            self._parked.append((self.world.now_s + waits_s, self._seen_by(service, request), request))
         else:
             self.network.reply(request, answer)
 
@@ -264,6 +264,13 @@ class CoordinatorHost:
                 self._wake(life)
         return answer
 
+    def _seen_by(self, service: Coordinator, request: Request) -> object:
+        """What the answer to a long poll follows from, except the time."""
+        if request.method == "directive":
+            return service.job.phase, service.job.generation, request.rank in service.job.ready
+        save = service.saves.find(request.message["step"], request.message["generation"])
+        return None if save is None else (save.status, save.tier)
+
     def _wake(self, life: Life) -> None:
         """Long polls look again, all at once, a moment after something changed."""
         if not self._sweeping and self._parked:
@@ -278,8 +285,11 @@ class CoordinatorHost:
         service = self.service
         parked, self._parked = self._parked, []
         assert service is not None
-        for until_s, request in parked:
+        for until_s, seen, request in parked:
             left_s = until_s - self.world.now_s
+            if left_s > 0 and seen == self._seen_by(service, request):
+                self._parked.append((until_s, seen, request))  # nothing that it waits for has changed
+                continue
             message = {**request.message, "timeout_s": max(0.0, left_s)}
             if life is self._life and life.alive:
                 self._serve(life, service, dataclasses.replace(request, message=message))
@@ -288,8 +298,18 @@ class CoordinatorHost:
         """What a long poll does by itself when a deadline of the rules passes."""
         if not life.alive or life is not self._life:
             return
+        when_awake(life, lambda: self._pass_time(life))
         self._sweep(life)
         self.world.after(_TICK_S, lambda: self._tick(life))
+
+    def _pass_time(self, life: Life) -> None:
+        service = self.service
+        if self._parked and service is not None and life is self._life:
+            probe = {"rank": 0, "generation": service.job.generation, "timeout_s": 0.0}
+            try:
+                self._call(life, service, "directive", probe)
+            except (ArcError, Killed):
+                pass  # those that wait hear it
 
     def _commit(self, life: Life, url: str, step: int, generation: int, world_size: int, parts: Any, meta: Any) -> None:
         """The commit port: the real store on a simulated disk; other things happen before and after it."""
