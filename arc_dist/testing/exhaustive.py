@@ -5,8 +5,8 @@ Breadth first, so that a violation comes with a shortest way to it. What makes t
 - Messages are never taken off the network: what was said once may be heard at any later time, any number of times, in
   any order, or never. That is loss, delay, duplication and reordering at once.
 - The ranks step together; a step is trained, snapshotted, and certified by the next one or by the end.
-- Faults have budgets: kills of a rank, crashes of the coordinator, which loses what is not in its journal. A coordinator
-  that was replaced may live on as a zombie: it hears what it wants, and writes what manifest it likes.
+- Faults have budgets: kills of a rank, crashes of the coordinator, which loses what is not in its journal. One that was
+  replaced may live on as a zombie: it hears what it wants, and writes what manifest it likes.
 - Time stands still, so nothing times out.
 
 Afterwards it is checked that from every state the end of the job can still be reached.
@@ -135,9 +135,7 @@ def explore(scope: Scope) -> Explored:
 class _Search:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.config = JobConfig(
-            world_size=scope.num_ranks, budget=BudgetPolicy(max_restarts=1000, max_fruitless=1000)
-        )
+        self.config = JobConfig(world_size=scope.num_ranks, budget=BudgetPolicy(max_restarts=1000, max_fruitless=1000))
         self.met: collections.Counter[str] = collections.Counter()
 
     def run(self) -> Explored:
@@ -145,9 +143,7 @@ class _Search:
         saves = commits.open_for(Saves(world_size=scope.num_ranks), 0)
         ranks = (Rank(),) * scope.num_ranks
         nothing: frozenset[Any] = frozenset()
-        start = State(
-            Desk(Job(), saves), None, None, ranks, nothing, nothing, (), nothing, scope.kills, scope.crashes
-        )
+        start = State(Desk(Job(), saves), None, None, ranks, nothing, nothing, (), nothing, scope.kills, scope.crashes)
         seen: dict[Any, int] = {_key(start): 0}
         origin: list[tuple[int, str]] = [(-1, "start")]
         before: list[list[int]] = [[]]
@@ -320,7 +316,10 @@ class _Search:
             desk = dataclasses.replace(state.desk, saves=saves, writing=None)
             committed = None if error else Committed(step=step, url=_URL, generation=generation)
             after = dataclasses.replace(state, desk=desk, manifests=manifests)
-            yield f"{'refuse' if error else 'commit'} {step}", self._apply(after, Settled(step=step, committed=committed))
+            yield (
+                f"{'refuse' if error else 'commit'} {step}",
+                self._apply(after, Settled(step=step, committed=committed)),
+            )
             if error is None and state.crashes:
                 # The manifest is there, and who wrote it dies before it can say so.
                 for name, crashed in self._crash(dataclasses.replace(state, manifests=manifests)):
@@ -396,7 +395,9 @@ class _Search:
             for holding, held in ring:
                 if holding.generation == rank.generation:
                     part = {"history": held}
-                    shard = Shard(rank=number, generation=rank.generation, step=holding.step, url=_URL, part=_Frozen(part))
+                    shard = Shard(
+                        rank=number, generation=rank.generation, step=holding.step, url=_URL, part=_Frozen(part)
+                    )
                     said.add(shard)
             if is_last:
                 said.add(Finished(rank=number, generation=rank.generation))

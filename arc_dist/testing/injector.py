@@ -97,7 +97,11 @@ class Injector:
 
     def _slow_rank(self, fault: Fault) -> bool:
         self.slow[fault.target] = 5.0
-        self.job.world.after(fault.amount, lambda: self.slow.pop(fault.target, None))
+
+        def hurry() -> None:
+            self.slow.pop(fault.target, None)
+
+        self.job.world.after(fault.amount, hurry)
         return True
 
     def _crash_supervisor(self, fault: Fault) -> bool:
@@ -124,7 +128,8 @@ class Injector:
             for rank, trainer in group.trainers.items()
             if rank in self._on_node(fault) and trainer.life.alive
         ]
-        return any([self._freeze(life, fault.amount) for life in lives])
+        frozen = [life for life in lives if self._freeze(life, fault.amount)]
+        return bool(frozen)
 
     def _freeze(self, life: Life, duration_s: float) -> bool:
         if not life.alive or life.frozen:

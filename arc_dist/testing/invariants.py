@@ -58,6 +58,7 @@ class Truth:
         manifests: by disk and directory.
         rings: the memory of each rank at this moment.
         processes: the training process of each rank that was started last.
+        generations_of: in which generations each rank had a process.
         oldest: no process of an older generation than this lives.
         num_losses: processes that were lost, ever; a generation may end only for one of them.
         excused: the coordinator forgot what it had announced that it might forget (its journal was not writable).
@@ -73,6 +74,7 @@ class Truth:
     manifests: dict[tuple[str, str], Manifested] = dataclasses.field(default_factory=dict)
     rings: dict[int, Ring] = dataclasses.field(default_factory=dict)
     processes: dict[int, Running] = dataclasses.field(default_factory=dict)
+    generations_of: dict[int, set[int]] = dataclasses.field(default_factory=dict)
     oldest: int = 0
     next_token: int = 0
     num_losses: int = 0
@@ -130,6 +132,8 @@ def s3_whole(truth: Truth, plan: Plan) -> History | None:
     for rank, source in plan.sources.items():
         if source.rank != rank and not truth.replicated:
             raise Violation(f"S3: rank {rank} would restore rank {source.rank}'s shard")
+        if truth.hosts[source.rank] != truth.hosts[rank]:
+            raise Violation(f"S3: rank {rank} would restore from the memory of another host")
         holding, history = truth.rings[source.rank].get(source.slot, (None, ()))
         if holding is None:
             return None  # that memory is lost since it was told of; its supervisor's end is on its way
@@ -146,9 +150,7 @@ def _committed_state(truth: Truth, plan: Plan) -> History:
     found = [
         entry
         for entry in truth.manifests.values()
-        if entry.step == plan.step
-        and f"sim://{entry.disk}" == plan.url
-        and plan.saved_by in (None, entry.generation)
+        if entry.step == plan.step and f"sim://{entry.disk}" == plan.url and plan.saved_by in (None, entry.generation)
     ]
     if not found:
         raise Violation(f"S3: there is no manifest of step {plan.step} by generation {plan.saved_by} in {plan.url}")
@@ -233,6 +235,13 @@ def s13_one_process(truth: Truth, rank: int, generation: int) -> None:
         if process.generation < generation:
             raise Violation(f"S13: generation {generation} starts, and rank {process.rank} runs {process.generation}")
     truth.oldest = generation
+
+
+def s13_one_for_ever(truth: Truth, rank: int, generation: int) -> None:
+    """A rank has one process in a generation and never a second: its peers may have met the first already."""
+    if generation in truth.generations_of.setdefault(rank, set()):
+        raise Violation(f"S13: rank {rank} starts a second process in generation {generation}")
+    truth.generations_of[rank].add(generation)
 
 
 def s13_nobody_runs(truth: Truth, generation: int) -> None:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import json
 import posixpath
+from collections.abc import Sequence
 from typing import Any
 
 from arc_dist.checkpoint_store.format import MANIFEST_NAME, objects_name
@@ -70,7 +71,7 @@ class SimJob:
         self.truth = Truth(world_size=options.num_ranks, replicated=options.replicated, hosts=hosts)
         self.network = Network(world)
         self.disks = [Disk("fast"), Disk("slow"), Disk("journal")]
-        self.tiers = self.disks[:2]
+        self.tiers: Sequence[Disk] = self.disks[:2]
         for disk in self.tiers:
             disk.tree[saving.RUN] = {}
             disk.on_publish = lambda path, data, disk=disk: self._published(disk, path, data)
@@ -180,6 +181,8 @@ class SimJob:
         if not self.truth.excused:
             invariants.s1_acts_on_it(self.truth, rank, generation, plan)
         invariants.s13_one_process(self.truth, rank, generation)
+        if not self.truth.excused:
+            invariants.s13_one_for_ever(self.truth, rank, generation)
         supervisor = self.supervisors[rank]
         trainer = Trainer(self, seat, generation, plan, lambda: supervisor.thread.deliver(Exited()))
         self.truth.processes[rank] = trainer

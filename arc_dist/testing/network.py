@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ class CoordinatorHost:
         self.service = Coordinator(
             journal=journal,
             clock=lambda: self.world.now_s + self.clock_ahead_s,
-            commit=lambda *args: self._commit(life, *args),
+            commit=functools.partial(self._commit, life),
             **self._settings,
         )
         life.on_end = self._died

@@ -33,9 +33,7 @@ Call = Callable[[str, dict[str, Any]], Script]
 
 def open_store(disk: Disk, life: Life) -> Store:
     """The store on a simulated disk, as one process sees it."""
-    return Store(
-        f"sim://{disk.name}", run=RUN, owner="job", backend=SimBackend(disk, life), visible_timeout_s=0.0
-    )
+    return Store(f"sim://{disk.name}", run=RUN, owner="job", backend=SimBackend(disk, life), visible_timeout_s=0.0)
 
 
 def weight(history: History, rank: int) -> int:
@@ -172,9 +170,10 @@ def restore(
         for info in infos:
             if info.problem is not None:
                 problems.append(f"step {info.step} on {disk.name}: its manifest is damaged")
-            elif info.certified and (at_most is None or info.step <= at_most):
-                if not any(entry["from_step"] <= info.step <= entry["to_step"] for entry in poisoned):
-                    candidates.append((-info.step, number, info.directory, disk))
+                continue
+            is_bad = any(entry["from_step"] <= info.step <= entry["to_step"] for entry in poisoned)
+            if info.certified and not is_bad and (at_most is None or info.step <= at_most):
+                candidates.append((-info.step, number, info.directory, disk))
     for minus_step, _, directory, disk in sorted(candidates, key=lambda entry: entry[:3]):
         try:
             return _read(disk, life, -minus_step, directory, world_size), problems

@@ -44,9 +44,7 @@ class Result:
     simulated_s: float = 0.0
 
 
-def simulate(
-    seed: int, options: Options, *, faults: Sequence[Fault] | None = None, keep_trace: bool = False
-) -> Result:
+def simulate(seed: int, options: Options, *, faults: Sequence[Fault] | None = None, keep_trace: bool = False) -> Result:
     """Plays one job to its end or to the first broken invariant.
 
     Args:

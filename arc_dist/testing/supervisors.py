@@ -318,4 +318,3 @@ class Supervisor:
 
 def _is_event(item: Any) -> bool:
     return isinstance(item, (Directed, CoordinatorLost, CoordinatorFound, Failed, Exited))
-

@@ -214,11 +214,12 @@ class Group:
         try:
             histories, found_step = self._restored(plan)
         except Killed:
-            return self._break()
+            self._break()
+            return
         if histories is None:
             for trainer in self.trainers.values():
                 trainer.exit(_raised("InfrastructureError", "no whole state is left", ExitCode.INFRASTRUCTURE))
-            return None
+            return
         for rank, trainer in self.trainers.items():
             trainer.history = histories[rank]
             if self.job.world.random.random() < 0.5:  # else it does not come to clearing its memory
@@ -227,7 +228,6 @@ class Group:
                     del ring[slot]
         self._introduce(plan, found_step)
         self.job.world.after(_STEP_S, self._step)
-        return None
 
     def _introduce(self, plan: dict[str, Any], found_step: int | None) -> None:
         """Rank 0 tells what the stores hold, and when the ranks went on from another step than was planned."""
