@@ -235,6 +235,8 @@ class _Search:
         outcome = generations.apply(self.config, state.desk.job, event, 0.0)
         if outcome.job is state.desk.job and not outcome.actions:
             return state
+        if isinstance(event, (Ready, Died, Finished)) and event.generation < state.desk.job.generation:
+            raise Violation(f"S7: {_text(event)} changed {state.desk.job.phase.value} {state.desk.job.generation}")
         desk = dataclasses.replace(state.desk, job=outcome.job)
         journal, saves = state.journal, desk.saves
         kinds = (GenerationEnds, GenerationRuns, JobOver, StateMatters)
