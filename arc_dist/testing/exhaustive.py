@@ -244,6 +244,7 @@ class _Search:
             journal = json.dumps(job.durable(outcome.job), sort_keys=True)
         for action in outcome.actions:
             if isinstance(action, GenerationOver):
+                self._check_nobody_runs(state, action.generation + 1)
                 saves = commits.open_for(saves, outcome.job.generation)
             elif isinstance(action, JobOver):
                 saves = commits.open_for(saves, None)
@@ -263,6 +264,9 @@ class _Search:
         if known.setdefault(plan.generation, text) != text:
             raise Violation(f"S1: generation {plan.generation} has two plans")
         self._check_nobody_runs(state, plan.generation)
+        ready = {said.rank for said in state.said if isinstance(said, Ready) and said.generation == plan.generation}
+        if len(ready) < self.scope.num_ranks:
+            raise Violation(f"S13: generation {plan.generation} runs, and only ranks {sorted(ready)} have said ready")
         history = self._history_of(state, plan)
         self._check_newest(state, history)
         histories = {held for rank in state.ranks for _, held in rank.ring} | {rank.history for rank in state.ranks}
@@ -354,6 +358,8 @@ class _Search:
             waiting = dataclasses.replace(rank, mode="waiting")
             yield f"ready {number}", self._with(state, number, waiting, ready)
             return
+        if rank.mode == "running" and len(rank.history) >= self.scope.num_steps:
+            yield f"finish {number}", self._finished(state, number, rank)
         if rank.mode == "running" and state.kills:
             cause = Cause(kind=CauseKind.SIGNAL, signal=9)
             died = Died(generation=rank.generation, death=Death(rank=number, cause=cause, step=len(rank.history)))
@@ -389,25 +395,24 @@ class _Search:
         first = state.ranks[0]
         if any((rank.mode, rank.generation) != ("running", first.generation) for rank in state.ranks):
             return
+        if len(first.history) >= self.scope.num_steps:
+            return
         said = set(state.said)
         ranks: list[Rank] = []
-        is_last = len(first.history) >= self.scope.num_steps
         for number, rank in enumerate(state.ranks):
-            ring = tuple((dataclasses.replace(holding, certified=True), held) for holding, held in rank.ring)
-            for holding, held in ring:
-                if holding.generation == rank.generation:
-                    part = {"history": held}
-                    shard = Shard(
-                        rank=number, generation=rank.generation, step=holding.step, url=_URL, part=_Frozen(part)
-                    )
-                    said.add(shard)
-            if is_last:
-                said.add(Finished(rank=number, generation=rank.generation))
-                ranks.append(dataclasses.replace(rank, mode="finished", ring=ring))
-                continue
+            ring, shards = _certified(number, rank)
+            said |= shards
             trained = dataclasses.replace(rank, history=(*rank.history, rank.generation), ring=ring)
             ranks.append(dataclasses.replace(trained, ring=_hold(trained, rank.generation, parting=False)))
         yield "step", dataclasses.replace(state, ranks=tuple(ranks), said=frozenset(said))
+
+    def _finished(self, state: State, number: int, rank: Rank) -> State:
+        """The script of one rank ends, after its last step was certified."""
+        ring, shards = _certified(number, rank)
+        after = self._with(state, number, dataclasses.replace(rank, mode="finished", ring=ring))
+        return dataclasses.replace(
+            after, said=after.said | shards | {Finished(rank=number, generation=rank.generation)}
+        )
 
     def _with(self, state: State, number: int, rank: Rank, message: Any = None) -> State:
         ranks = (*state.ranks[:number], rank, *state.ranks[number + 1 :])
@@ -428,18 +433,27 @@ class _Search:
             yield "replace", dataclasses.replace(after, zombie=state.desk)
 
     def _zombie_acts(self, state: State) -> Iterator[tuple[str, State]]:
-        """It may hear shards and write manifests; what it answers is refused for its epoch."""
+        """It may hear shards and write one manifest; what it answers is refused for its epoch.
+
+        What it has heard and not acted on changes nothing for anybody else, so hearing and writing are one transition.
+        """
         zombie = state.zombie
         assert zombie is not None
+        shards = [message for message in state.said if isinstance(message, Shard)]
+        for step, generation in sorted({(shard.step, shard.generation) for shard in shards}):
+            desk = dataclasses.replace(zombie, writing=None)
+            for shard in shards:
+                if (shard.step, shard.generation) == (step, generation):
+                    desk = self._offered(desk, shard)
+            if desk.writing is not None:
+                yield from self._zombie_commits(state, desk)
         if zombie.writing is not None:
-            manifests = self._manifest(state, zombie)
-            yield "zombie commits", dataclasses.replace(state, zombie=None, manifests=manifests or state.manifests)
-            return
-        for message in state.said:
-            if isinstance(message, Shard):
-                desk = self._offered(zombie, message)
-                if desk is not zombie:
-                    yield f"zombie hears {_text(message)}", dataclasses.replace(state, zombie=desk)
+            yield from self._zombie_commits(state, zombie)
+
+    def _zombie_commits(self, state: State, desk: Desk) -> Iterator[tuple[str, State]]:
+        manifests = self._manifest(state, desk)
+        if manifests is not None:
+            yield "zombie commits", dataclasses.replace(state, zombie=None, manifests=manifests)
 
 
 class _Frozen(dict[str, Any]):
@@ -447,6 +461,17 @@ class _Frozen(dict[str, Any]):
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(tuple(sorted(self.items())))
+
+
+def _certified(number: int, rank: Rank) -> tuple[tuple[tuple[Holding, History], ...], frozenset[Shard]]:
+    """The rank's memory when all that it holds is certified, and the shards that it then writes."""
+    ring = tuple((dataclasses.replace(holding, certified=True), held) for holding, held in rank.ring)
+    shards = {
+        Shard(rank=number, generation=rank.generation, step=held.step, url=_URL, part=_Frozen({"history": past}))
+        for held, past in ring
+        if held.generation == rank.generation
+    }
+    return ring, frozenset(shards)
 
 
 def _hold(rank: Rank, generation: int, *, parting: bool) -> tuple[tuple[Holding, History], ...]:

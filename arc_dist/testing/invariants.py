@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from arc_dist.protocol.job import Phase
-from arc_dist.protocol.pick import Holding, Known, Plan, Tier
+from arc_dist.protocol.pick import Committed, Holding, Known, Plan, Tier
 from arc_dist.testing.world import Violation
 
 History = tuple[int, ...]
@@ -174,6 +174,11 @@ def s4_newest(truth: Truth, known: Known, plan: Plan, history: History) -> None:
             peers = truth.on_host[truth.hosts[giver]] if truth.replicated else (giver,)
             for rank in peers:
                 reachable[rank].add(held)
+    for entry in truth.manifests.values():
+        told = Committed(step=entry.step, url=f"sim://{entry.disk}", generation=entry.generation)
+        covered = any(poison.covers(entry.step, entry.generation) for poison in known.poison)
+        if told in known.committed and not covered and not bad & set(entry.histories[0]) and entry.step > best:
+            raise Violation(f"S4: step {entry.step} is committed, and {plan.tier.value} {best} is planned")
     newest = max((len(held) for held in set.intersection(*reachable.values())), default=0)
     if newest > best:
         raise Violation(f"S4: step {newest} is whole in memory, and {plan.tier.value} {best} is planned")
