@@ -323,10 +323,11 @@ class Group:
         trusted = [trainer.certify() for trainer in trainers]
         for certified in trusted[0]:
             self.job.truth.certified.add(certified)
-        due = bool(trusted[0]) and len(trusted[0][-1]) % SAVE_EVERY == 0
-        if due and not any(trainer.saving for trainer in trainers):
-            for trainer, certified in zip(trainers, trusted, strict=True):
-                trainer.save(len(certified[-1]), certified[-1])
+        newest = {certified[-1] if certified else None for certified in trusted}
+        state = newest.pop() if len(newest) == 1 else None
+        if state is not None and len(state) % SAVE_EVERY == 0 and not any(trainer.saving for trainer in trainers):
+            for trainer in trainers:
+                trainer.save(len(state), state)
         if len(history) % SNAPSHOT_EVERY == 0:
             for trainer in trainers:
                 trainer.hold(parting=False)
