@@ -166,7 +166,9 @@ class _Http(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._guard:
-            is_full = len(self._connections) >= self.limits.connections
+            limit = self.limits.connections
+            # One whose other end has closed is as good as gone, although its thread may not have noticed.
+            is_full = len(self._connections) >= limit and sum(map(_is_open, self._connections)) >= limit
             if not is_full:
                 self._connections.add(request)
         if is_full:
