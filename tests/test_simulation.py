@@ -157,14 +157,14 @@ def test_every_kind_of_fault_is_described():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "scope",
-    [Scope(kills=0), Scope(num_ranks=2, kills=1, zombies=0)],
-    ids=["3 ranks, a crash, a zombie", "2 ranks, a kill, a crash"],
+    [Scope(kills=0, zombies=0), Scope(num_ranks=2, kills=0), Scope(num_ranks=2, zombies=0)],
+    ids=["3 ranks, a crash", "2 ranks, a crash, a zombie", "2 ranks, a kill, a crash"],
 )
 def test_every_state_of_a_small_job(scope: Scope):
     found = explore(scope)
     print(f"{scope}: {found.num_states} states, {found.num_transitions} transitions")
     assert found.is_complete
-    assert found.num_states > 10_000
+    assert found.num_states > 5_000
     assert found.num_done
     assert found.met["crash"] and bool(found.met["zombie"]) == bool(scope.zombies)
 
@@ -180,7 +180,9 @@ def test_the_nearest_states_of_a_larger_job():
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_the_first_million_states_of_a_larger_job():
-    found = explore(Scope(max_states=1_000_000))
-    print(f"{found.num_states} states, {found.num_transitions} transitions, complete: {found.is_complete}")
+def test_every_state_of_three_ranks_two_checkpoints_a_crash_and_a_zombie():
+    found = explore(Scope(kills=0))
+    print(f"{found.num_states} states, {found.num_transitions} transitions")
+    assert found.is_complete
+    assert found.num_states > 400_000
     assert found.met["zombie"]
