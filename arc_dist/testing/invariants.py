@@ -52,6 +52,7 @@ class Truth:
         replicated: every rank holds the whole state.
         hosts: where each rank is.
         plans: what each generation was decided to restore.
+        flushing: generations that train no more, but save what memory holds.
         lost: tokens of updates that a later decision gave up.
         poisoned: tokens of updates that were found to be bad, and whose poison the coordinator has acknowledged.
         certified: states that were trusted.
@@ -68,6 +69,7 @@ class Truth:
     replicated: bool
     hosts: Mapping[int, str]
     plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
+    flushing: set[int] = dataclasses.field(default_factory=set)
     lost: set[int] = dataclasses.field(default_factory=set)
     poisoned: set[int] = dataclasses.field(default_factory=set)
     certified: set[History] = dataclasses.field(default_factory=set)
@@ -106,7 +108,8 @@ def s1_one_decision(truth: Truth, plan: Plan) -> None:
 def s1_acts_on_it(truth: Truth, rank: int, generation: int, plan: Mapping[str, Any]) -> None:
     """Every rank starts with the plan that was decided."""
     decided = truth.plans.get(generation)
-    if decided is None or decided.as_dict() != dict(plan):
+    is_flushing = generation in truth.flushing
+    if decided is None or {**decided.as_dict(), "flush": is_flushing} != dict(plan):
         raise Violation(f"S1: rank {rank} starts generation {generation} with a plan that was not decided")
 
 

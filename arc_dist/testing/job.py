@@ -211,6 +211,8 @@ class SimJob:
             assert job.plan is not None
             if job.generation not in truth.plans or truth.plans[job.generation] != job.plan:
                 self._check_plan(job)
+            if job.flushing:
+                truth.flushing.add(job.generation)
             self._check_journal(service, error)
         elif job.phase is Phase.ENDING:
             if not truth.excused:
@@ -352,3 +354,10 @@ class _Body:
 
     def inventory(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(holding) for _, (holding, _) in sorted(self._seat.ring.items())]
+
+    @property
+    def is_noticed(self) -> bool:
+        return self._seat.is_noticed
+
+    def raise_notice(self) -> None:
+        self._seat.is_noticed = True

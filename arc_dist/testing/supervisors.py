@@ -1,14 +1,16 @@
 """A model of a rank's supervisor, its directive poller and its launcher.
 
-It mirrors `supervisor.supervisor.Supervisor` (`run`, `_run_generation`, `_after_exit`, `_part_and_kill`, `_insist`,
-`_await_directive`) and `supervisor.events.DirectivePoller`, method by method, without threads, sockets and processes:
+It mirrors `supervisor.supervisor.Supervisor` (`run`, `_run_generation`, `_after_exit`, `_cut_short`, `_part_and_kill`,
+`_insist`, `_await_directive`, `_take_order`), `supervisor.departure.Departure` and
+`supervisor.events.DirectivePoller`, method by method, without threads, sockets and processes:
 the same calls to the coordinator, in the same order, with the same retries and limits.
-tests/test_simulated_supervisor.py gives both the same events and compares what they say. Not mirrored: signals other
-than a preemption notice, the zygote, incidents.
+tests/test_simulated_supervisor.py gives both the same events and compares what they say. Not mirrored: signals (a
+notice of preemption comes as from a file), the zygote, the watch over hangs, incidents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ _COORDINATOR_LIMIT_S = 10.0
 _ECHO_WAIT_S = 0.25
 _PARTING_LIMIT_S = 10.0
 _FORK_S = 0.05
+_TRAINING_S = 15.0  # of a grace period of 30 s, where nothing was measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,16 @@ class Exited:
     """The trainer is gone."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Noticed:
+    """The job is told to go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraceEnds:
+    """The trainer has used up its own share of the grace period."""
+
+
 class TrainerHandle(Protocol):
     """A trainer, as its supervisor sees it. `cause` is None while it lives, `kind` "finished" after exit 0."""
 
@@ -66,8 +79,17 @@ class TrainerHandle(Protocol):
     @property
     def last_step(self) -> int | None: ...
 
-    def part(self) -> float:
-        """Tells it to save its last step and end; seconds until it must be gone, 0 to kill it now."""
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it saves its state, after a notice, and will end by itself."""
+        ...
+
+    def part(self, leaving: int) -> float:
+        """Tells it to save its last step and end; seconds until it must be gone, 0 to kill it now.
+
+        Args:
+            leaving: number of the signal by which the job was told to go, 0 if it was not.
+        """
         ...
 
     def kill(self) -> None: ...
@@ -83,6 +105,15 @@ class Body(Protocol):
     def fork(self, generation: int, directive: dict[str, Any]) -> TrainerHandle: ...
 
     def inventory(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def is_noticed(self) -> bool:
+        """The word that trainers look at before every step: the job is told to go."""
+        ...
+
+    def raise_notice(self) -> None:
+        """Raises that word; nobody takes it down."""
+        ...
 
 
 class _Poller:
@@ -165,6 +196,10 @@ class Supervisor:
         self._client = Methods()
         self._directive: dict[str, Any] | None = None
         self._lost_at: float | None = None
+        self._following = "run"
+        self._has_begun = False  # to leave, as the two below
+        self._is_overdue = False
+        self._is_flushing = False
         self._on_end = on_end
         self._poller = _Poller(self)
 
@@ -177,9 +212,8 @@ class Supervisor:
         return (yield from self.network.call(thread or self.thread, self._client, self.rank, method, body))
 
     def preempt(self) -> None:
-        """SIGTERM reached the supervisor; a message that is lost is not sent again."""
-        thread = Thread(self.world, self.life)
-        thread.start(self.call("preempt", {"rank": self.rank}, thread=thread))
+        """Somebody tells the supervisor that the job is to go."""
+        self.thread.deliver(Noticed())
 
     def _ended(self, error: BaseException | None, result: Any) -> None:
         if error is not None and not isinstance(error, ArcError):
@@ -214,7 +248,7 @@ class Supervisor:
                 yield from self._run_generation(generation, directive)
                 directive = yield from self._take_directive(generation)
             if directive["kind"] == "end":
-                yield from self._part_and_kill()
+                yield from self._part_and_kill(int(directive.get("leaving", 0)))
                 generation = int(directive["generation"]) + 1
             elif directive["kind"] == "stop":
                 yield from self._part_and_kill()
@@ -236,16 +270,40 @@ class Supervisor:
         yield from self._insist("ready", message)
 
     def _run_generation(self, generation: int, directive: dict[str, Any]) -> Script:
+        self._is_flushing = bool(directive["plan"].get("flush"))
         yield Wait(lambda item: False, timeout_s=self.world.random.uniform(0.0, _FORK_S))
         trainer = self.trainer = self.body.fork(generation, directive)
+        self._following = "run"
         self._poller.ask(generation, after="run")
-        yield from self._until(lambda: trainer.cause is not None or self._directive is not None)
-        if trainer.cause is not None:
+        yield from self._until(
+            lambda: trainer.cause is not None or self._directive is not None or self._must_cut_short(trainer)
+        )
+        if trainer.cause is None and self._directive is None:
+            yield from self._cut_short(trainer)
+        elif trainer.cause is not None:
             yield from self._after_exit(trainer)
+
+    def _must_cut_short(self, trainer: TrainerHandle) -> bool:
+        has_state = any(held["certified"] or held["parting"] for held in self.body.inventory())
+        return self._is_overdue and not self._is_flushing and not trainer.is_leaving and has_state
+
+    def _cut_short(self, trainer: TrainerHandle) -> Script:
+        trainer.kill()
+        yield from self._until(lambda: trainer.cause is not None)
+        cause = {"kind": "overdue", "signal": None, "exit_code": None, "exception": None}
+        yield from self._report_departed(trainer, cause)
+
+    def _report_departed(self, trainer: TrainerHandle, cause: dict[str, Any]) -> Script:
+        body = {"rank": self.rank, "generation": trainer.generation, "cause": cause, "step": trainer.last_step}
+        yield from self._insist("died", body)
 
     def _after_exit(self, trainer: TrainerHandle) -> Script:
         cause = trainer.cause
         assert cause is not None
+        is_told = self._has_begun or self.body.is_noticed
+        if is_told and cause["kind"] != "finished" and self._directive is None:
+            yield from self._report_departed(trainer, cause)
+            return
         is_echo = (cause.get("exception") or {}).get("type") == "PeerLost"
         if is_echo and (yield from self._until(lambda: self._directive is not None, timeout_s=_ECHO_WAIT_S)):
             return
@@ -257,11 +315,11 @@ class Supervisor:
         else:
             yield from self._insist("died", {**body, "cause": cause, "step": trainer.last_step})
 
-    def _part_and_kill(self) -> Script:
+    def _part_and_kill(self, leaving: int = 0) -> Script:
         trainer = self.trainer
         if trainer is None or trainer.cause is not None:
             return
-        limit_s = min(trainer.part(), _PARTING_LIMIT_S)
+        limit_s = 0.0 if self._is_flushing else min(trainer.part(leaving), _PARTING_LIMIT_S)
         if not (yield from self._until(lambda: trainer.cause is not None, timeout_s=limit_s)):
             trainer.kill()
             yield from self._until(lambda: trainer.cause is not None)
@@ -277,7 +335,7 @@ class Supervisor:
         directive, self._directive = self._directive, None
         if directive is not None:
             return directive
-        return (yield from self._await_directive(generation, after="run"))
+        return (yield from self._await_directive(generation, after=self._following))
 
     def _insist(self, method: str, body: dict[str, Any]) -> Script:
         deadline_s = self.world.now_s + _COORDINATOR_LIMIT_S
@@ -300,21 +358,44 @@ class Supervisor:
             event = yield Wait(_is_event, timeout_s=left_s)
             if event is None:
                 return done()
-            self._handle(event)
+            yield from self._handle(event)
         return True
 
-    def _handle(self, event: Any) -> None:
+    def _handle(self, event: Any) -> Script:
         if isinstance(event, Directed):
             self._lost_at = None
             self._poller.answered()
-            self._directive = event.directive
+            yield from self._take_order(event.directive)
         elif isinstance(event, CoordinatorLost):
             self._lost_at = self._lost_at if self._lost_at is not None else self.world.now_s
         elif isinstance(event, CoordinatorFound):
             self._lost_at = None
+        elif isinstance(event, Noticed):
+            yield from self._leave(is_known=False)
+        elif isinstance(event, GraceEnds):
+            self._is_overdue = True
         elif isinstance(event, Failed):
             raise event.error
 
+    def _take_order(self, directive: dict[str, Any]) -> Script:
+        if directive["kind"] != "leave":
+            self._directive = directive
+            return
+        yield from self._leave(is_known=True)
+        self._following = "leave"
+        self._poller.ask(int(directive["generation"]), after="leave")
+
+    def _leave(self, *, is_known: bool) -> Script:
+        """As `Departure.begin`."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self.body.raise_notice()
+        self.world.after(_TRAINING_S, lambda: self.thread.deliver(GraceEnds()))
+        if not is_known:
+            with contextlib.suppress(ArcError):  # said in the log only; another rank's notice may get through
+                yield from self.call("preempt", {"rank": self.rank})
+
 
 def _is_event(item: Any) -> bool:
-    return isinstance(item, (Directed, CoordinatorLost, CoordinatorFound, Failed, Exited))
+    return isinstance(item, (Directed, CoordinatorLost, CoordinatorFound, Noticed, GraceEnds, Failed, Exited))

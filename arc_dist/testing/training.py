@@ -7,7 +7,7 @@ process group: by a broken connection at once, by a time-out later.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from arc_dist.coordinator.client import Methods
@@ -38,6 +38,7 @@ class Seat:
     pid: int
     host: str
     life: Life
+    is_noticed: bool = False  # the word that the job is told to go
     ring: Ring = dataclasses.field(default_factory=dict)
 
     @property
@@ -74,6 +75,7 @@ class Trainer:
         self.cause: dict[str, Any] | None = None
         self.history: History | None = None
         self.finished = False
+        self.is_leaving = False
         self.life = Life(f"trainer {seat.rank}", on_end=lambda: self.exit(_killed(9)))
         self.client = Methods()
         self.saving = False
@@ -106,9 +108,11 @@ class Trainer:
     def kill(self) -> None:
         self.exit(_killed(9))
 
-    def part(self) -> float:
+    def part(self, leaving: int) -> float:
         """Saves the last step and ends; seconds until that must be done."""
         self._told_to_end = True
+        if self.is_leaving:
+            return 10.0 if leaving else 0.0
         if self.life.frozen or not self.life.alive:
             return 0.0
         if self.history is not None and self.job.world.random.random() < 0.8:
@@ -164,8 +168,8 @@ class Trainer:
 
         thread.start(script())
 
-    def save(self, step: int, history: History) -> None:
-        """Writes and reports the shard, in the background."""
+    def save(self, step: int, history: History, then: Callable[[bool], None] = lambda committed: None) -> None:
+        """Writes and reports the shard, in the background; `then` is told whether it was committed."""
         thread = Thread(self.job.world, self.life)
         saver = saving.Saver(
             tiers=self.job.tiers,
@@ -184,8 +188,28 @@ class Trainer:
                 raise error
             if tier is not None:
                 self.job.acknowledged(tier, step, self.generation)
+            then(tier is not None)
 
         thread.start(saver.save(step, history), ended)
+
+
+    def leave(self) -> None:
+        """Saves the present state, which all ranks hold, and ends."""
+        assert self.history is not None
+        self.is_leaving = True
+        self.job.truth.certified.add(self.history)
+        step = len(self.history)
+        self.save(step, self.history, lambda committed: self.exit(_left(saved=committed)))
+
+    def flush(self) -> None:
+        """Saves what memory holds of the planned step, and ends."""
+        source = self.plan["sources"][str(self.rank)]
+        holding, history = self.job.seats[source["rank"]].ring.get(source["slot"], (None, ()))
+        if holding is None or holding.step != self.plan["step"]:
+            self.exit(_left(saved=False))
+            return
+        self.history = history
+        self.save(len(history), history, lambda committed: self.exit({"kind": "finished"} if committed else _left(saved=False)))
 
 
 class Group:
@@ -196,11 +220,15 @@ class Group:
         self.generation = generation
         self.trainers: dict[int, Trainer] = {}
         self.is_broken = False
+        self.is_flushing = False
         self._stalled_s = 0.0
 
     def add(self, trainer: Trainer) -> None:
         self.trainers[trainer.rank] = trainer
-        if len(self.trainers) == self.job.world_size:
+        if trainer.plan.get("flush"):
+            self.is_flushing = True
+            self.job.world.after(_RESTORE_S, lambda: when_awake(trainer.life, trainer.flush))
+        elif len(self.trainers) == self.job.world_size:
             self.job.world.after(_RESTORE_S, self._begin)
 
     @property
@@ -328,11 +356,24 @@ class Group:
         if state is not None and len(state) % SAVE_EVERY == 0 and not any(trainer.saving for trainer in trainers):
             for trainer in trainers:
                 trainer.save(len(state), state)
+        if any(trainer.seat.is_noticed for trainer in trainers) and len(history) < self.job.target_step:
+            self._leave()
+            return
         if len(history) % SNAPSHOT_EVERY == 0:
             for trainer in trainers:
                 trainer.hold(parting=False)
         slowness = max(self.job.slowness(trainer.rank) for trainer in trainers)
         self.job.world.after(_STEP_S * slowness, self._step)
+
+    def _leave(self) -> None:
+        """All ranks have agreed to go after this step; a save that is under way comes first."""
+        if self._is_stuck(self._leave):
+            return
+        if any(trainer.saving for trainer in self.trainers.values()):
+            self.job.world.after(_STEP_S, self._leave)
+            return
+        for trainer in self.trainers.values():
+            trainer.leave()
 
     def _step_in_flight(self) -> None:
         """A peer died after the vote of a step: some of the others have committed it, and some have not."""
@@ -356,7 +397,9 @@ class Group:
     def go_back(self) -> bool:
         """A fault of the past is found: all ranks go back in memory, and say what is bad. False when they cannot."""
         trainers = list(self.trainers.values())
-        if self.is_broken or not self.all_there or any(t.history is None or t.finished for t in trainers):
+        if self.is_broken or self.is_flushing or not self.all_there:
+            return False
+        if any(t.history is None or t.finished or t.is_leaving for t in trainers):
             return False
         now = trainers[0].history
         assert now is not None
@@ -382,6 +425,12 @@ def _killed(number: int) -> dict[str, Any]:
 
 def _raised(kind: str, message: str, code: int) -> dict[str, Any]:
     return {"kind": "exception", "exit_code": int(code), "exception": {"type": kind, "message": message}}
+
+
+def _left(*, saved: bool) -> dict[str, Any]:
+    if saved:
+        return _raised("Preempted", "it is committed", ExitCode.PREEMPTED)
+    return _raised("PreemptedUnsaved", "it is not saved", ExitCode.INFRASTRUCTURE)
 
 
 def _describe(cause: dict[str, Any]) -> str:
