@@ -21,7 +21,7 @@ from arc_dist.testing import supervisors
 from arc_dist.testing.network import Network, Request
 from arc_dist.testing.world import Life, World
 
-RUN, END, STOP, DONE = "run", "end", "stop", "done"
+RUN, LEAVE, END, STOP, DONE = "run", "leave", "end", "stop", "done"
 KILLED = -9
 
 
@@ -50,6 +50,9 @@ SCENES = {
     "ended because of another": Scene(orders=((1, RUN, 0), (1, END, 0), (2, RUN, 1), (2, STOP, 1)), fates=(None, None)),
     "asked to be ready again": Scene(orders=((1, END, 2), (2, RUN, 3), (3, DONE, 3)), fates=(0,)),
     "finished, and started again": Scene(orders=((1, RUN, 0), (2, END, 0), (3, RUN, 1), (4, DONE, 1)), fates=(0, 0)),
+    "told to leave, and ended because of another": Scene(
+        orders=((1, RUN, 0), (1, LEAVE, 0), (1, END, 0), (2, RUN, 1), (4, STOP, 1)), fates=(None, KILLED)
+    ),
     "the coordinator comes late": Scene(orders=((1, RUN, 0), (2, STOP, 0)), fates=(KILLED,), refused=3),
 }
 
@@ -69,7 +72,7 @@ class Heard:
             self._refused += 1
             raise CoordinatorUnavailable("not there yet")
         rest = (body["cause"]["kind"], body["cause"].get("signal")) if method == "died" else ()
-        self.said.append((method, body["generation"], *rest))
+        self.said.append((method, body.get("generation"), *rest))
         return {"phase": "any", "generation": 0}
 
     def order(self, generation: int, after: str) -> dict[str, Any] | None:
@@ -79,7 +82,7 @@ class Heard:
         needed, kind, about = self.scene.orders[self._given]
         if len(self.said) < needed or after == kind:
             return None
-        if needed == len(self.said) and kind in (END, STOP) and after != RUN and self._given:
+        if needed == len(self.said) and kind in (END, STOP) and after not in (RUN, LEAVE) and self._given:
             return None  # what ends a running generation is for one who runs it
         self._given += 1
         plan = {"version": 1, "generation": about, "step": None, "tier": "none"}
@@ -111,7 +114,13 @@ class RealClient:
         return {}  # of scripts that count no steps of ours; not modelled
 
     def preempt(self, *, rank: int) -> dict[str, Any]:
-        return {}
+        return self._tell("preempt", {"rank": rank})
+
+    def watched(self, *, rank: int, generation: int, report: dict[str, Any]) -> dict[str, Any]:
+        return {}  # of what may hang; not modelled
+
+    def report(self, **body: Any) -> dict[str, Any]:
+        return {}  # for people; not modelled
 
     def incident(self, **line: Any) -> dict[str, Any]:
         return {}
@@ -163,6 +172,9 @@ def real(scene: Scene, tmp_path: Path) -> tuple[Heard, int]:
         store_for=None,
         generation_began=lambda generation: None,
         uses_store=False,
+        grace_s=3600.0,
+        preempt_signals=(15,),
+        is_guarded=True,
     )
     try:
         ending = Supervisor(setup, RealClient(heard), zygote.process, queue.SimpleQueue()).run(0)
@@ -176,6 +188,7 @@ class ModelTrainer:
         self.generation = generation
         self.cause: dict[str, Any] | None = None
         self.last_step = None
+        self.is_leaving = False
         self.exited = lambda: None
 
     def end(self, status: int) -> None:
@@ -183,7 +196,7 @@ class ModelTrainer:
             self.cause = {"kind": "finished"} if status == 0 else {"kind": "signal", "signal": -status}
             self.exited()
 
-    def part(self) -> float:
+    def part(self, leaving: int) -> float:
         return 0.0
 
     def kill(self) -> None:
@@ -197,6 +210,10 @@ class ModelBody:
         self._world = world
         self._fates = list(scene.fates)
         self.exited = lambda: None
+        self.is_noticed = False
+
+    def raise_notice(self) -> None:
+        self.is_noticed = True
 
     def inventory(self) -> list[dict[str, Any]]:
         return []

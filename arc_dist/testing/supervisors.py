@@ -215,6 +215,10 @@ class Supervisor:
         """Somebody tells the supervisor that the job is to go."""
         self.thread.deliver(Noticed())
 
+    @property
+    def _is_told(self) -> bool:
+        return self._has_begun or self.body.is_noticed
+
     def _ended(self, error: BaseException | None, result: Any) -> None:
         if error is not None and not isinstance(error, ArcError):
             raise error
@@ -275,6 +279,8 @@ class Supervisor:
         trainer = self.trainer = self.body.fork(generation, directive)
         self._following = "run"
         self._poller.ask(generation, after="run")
+        if self._is_told and not self._is_flushing:
+            yield from self._tell_notice()
         yield from self._until(
             lambda: trainer.cause is not None or self._directive is not None or self._must_cut_short(trainer)
         )
@@ -300,8 +306,7 @@ class Supervisor:
     def _after_exit(self, trainer: TrainerHandle) -> Script:
         cause = trainer.cause
         assert cause is not None
-        is_told = self._has_begun or self.body.is_noticed
-        if is_told and cause["kind"] != "finished" and self._directive is None:
+        if self._is_told and cause["kind"] != "finished" and self._directive is None:
             yield from self._report_departed(trainer, cause)
             return
         is_echo = (cause.get("exception") or {}).get("type") == "PeerLost"
@@ -393,8 +398,11 @@ class Supervisor:
         self.body.raise_notice()
         self.world.after(_TRAINING_S, lambda: self.thread.deliver(GraceEnds()))
         if not is_known:
-            with contextlib.suppress(ArcError):  # said in the log only; another rank's notice may get through
-                yield from self.call("preempt", {"rank": self.rank})
+            yield from self._tell_notice()
+
+    def _tell_notice(self) -> Script:
+        with contextlib.suppress(ArcError):  # a message that is lost is not sent again before the next generation
+            yield from self.call("preempt", {"rank": self.rank})
 
 
 def _is_event(item: Any) -> bool:
