@@ -44,7 +44,7 @@ class Kind(enum.Enum):
     TORN_WRITE = "torn-write"  # whoever writes next dies in the middle
     BIT_FLIP = "bit-flip"  # target: a disk; in a file that is committed
     CORRUPT_STATE = "corrupt-state"  # found late: the ranks go back in memory, and say which steps are bad
-    PREEMPT = "preempt"  # a notice; the job ends as preempted at the next fault
+    PREEMPT = "preempt"  # a notice to one rank; the job saves its state and ends as preempted
 
 
 _COUNTED = {Kind.LOSE, Kind.LOSE_REPLY, Kind.DUPLICATE, Kind.DISK_EIO, Kind.LOST_ANSWER, Kind.LOST_WRITE}
@@ -60,7 +60,7 @@ _MOMENTARY = {
 ON_DISKS = {Kind.DISK_FULL, Kind.DISK_EIO, Kind.LOST_ANSWER, Kind.LOST_WRITE, Kind.TORN_WRITE, Kind.BIT_FLIP}
 NUM_DISKS = 3  # two tiers and the journal's
 # Rare, because it ends the job and with it what the other faults would have shown.
-_RARE = {Kind.PREEMPT: 0.05, Kind.JUMP_CLOCK: 0.3, Kind.CRASH_NODE: 0.5}
+_RARE = {Kind.PREEMPT: 0.2, Kind.JUMP_CLOCK: 0.3, Kind.CRASH_NODE: 0.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -168,23 +168,29 @@ def s4_newest(truth: Truth, known: Known, plan: Plan, history: History) -> None:
     """
     bad = truth.lost | truth.poisoned
     best = len(history)
-    reachable: dict[int, set[History]] = {rank: set() for rank in range(truth.world_size)}
-    for giver in range(truth.world_size):
-        for holding, held in truth.rings[giver].values():
-            covered = any(poison.covers(holding.step, holding.generation) for poison in known.poison)
-            if len(held) <= best or not holding.trusted or covered or bad & set(held):
-                continue
-            peers = truth.on_host[truth.hosts[giver]] if truth.replicated else (giver,)
-            for rank in peers:
-                reachable[rank].add(held)
     for entry in truth.manifests.values():
         told = Committed(step=entry.step, url=f"sim://{entry.disk}", generation=entry.generation)
         covered = any(poison.covers(entry.step, entry.generation) for poison in known.poison)
         if told in known.committed and not covered and not bad & set(entry.histories[0]) and entry.step > best:
             raise Violation(f"S4: step {entry.step} is committed, and {plan.tier.value} {best} is planned")
-    newest = max((len(held) for held in set.intersection(*reachable.values())), default=0)
+    newest = _newest_in_memory(truth, known)
     if newest > best:
         raise Violation(f"S4: step {newest} is whole in memory, and {plan.tier.value} {best} is planned")
+
+
+def _newest_in_memory(truth: Truth, known: Known) -> int:
+    """Step of the newest state that is trusted, not refused, and held for all ranks; 0: there is none."""
+    bad = truth.lost | truth.poisoned
+    reachable: dict[int, set[History]] = {rank: set() for rank in range(truth.world_size)}
+    for giver in range(truth.world_size):
+        for holding, held in truth.rings[giver].values():
+            covered = any(poison.covers(holding.step, holding.generation) for poison in known.poison)
+            if not holding.trusted or covered or bad & set(held):
+                continue
+            peers = truth.on_host[truth.hosts[giver]] if truth.replicated else (giver,)
+            for rank in peers:
+                reachable[rank].add(held)
+    return max((len(held) for held in set.intersection(*reachable.values())), default=0)
 
 
 def s5_manifest_implies_shards(entry: Manifested, world_size: int, missing: Iterable[str]) -> None:
@@ -201,6 +207,14 @@ def s6_kept(truth: Truth, entry: Manifested, present: bool) -> None:
     """A commit that was acknowledged stays."""
     if not present:
         raise Violation(f"S6: the commit of step {entry.step} was acknowledged, and is not in {entry.disk}")
+
+
+def s6_saved_before_the_end(truth: Truth, known: Known) -> None:
+    """A job that ends as preempted leaves nothing in memory that is newer than all checkpoints."""
+    committed = max((entry.step for entry in truth.manifests.values()), default=0)
+    newest = _newest_in_memory(truth, known)
+    if newest > committed:
+        raise Violation(f"S6: the job ends as preempted, and step {newest} was in memory; {committed} is committed")
 
 
 def s7_fenced(truth: Truth, entry: Manifested) -> None:

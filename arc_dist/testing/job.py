@@ -219,6 +219,10 @@ class SimJob:
                 invariants.s2_no_end_without_a_loss(truth, job.generation)
             truth.losses_before[job.generation + 1] = truth.num_losses
             self._check_journal(service, error)
+        elif job.phase is Phase.STOPPED and job.stop is not None and job.stop.exit_code == ExitCode.PREEMPTED:
+            self.counts["flush"] += job.flushing
+            if not truth.excused:
+                invariants.s6_saved_before_the_end(truth, job.known)
         elif job.phase is Phase.DONE:
             self._done = job.generation
             group = self.groups.get(job.generation)

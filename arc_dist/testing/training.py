@@ -192,7 +192,6 @@ class Trainer:
 
         thread.start(saver.save(step, history), ended)
 
-
     def leave(self) -> None:
         """Saves the present state, which all ranks hold, and ends."""
         assert self.history is not None
@@ -209,7 +208,11 @@ class Trainer:
             self.exit(_left(saved=False))
             return
         self.history = history
-        self.save(len(history), history, lambda committed: self.exit({"kind": "finished"} if committed else _left(saved=False)))
+        self.save(
+            len(history),
+            history,
+            lambda committed: self.exit({"kind": "finished"} if committed else _left(saved=False)),
+        )
 
 
 class Group:
