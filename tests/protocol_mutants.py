@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from arc_dist.coordinator import journal, service
+from arc_dist.errors import ExitCode
 from arc_dist.protocol import commit, generations, job, pick
 from arc_dist.testing import exhaustive, faults
 from arc_dist.testing.exhaustive import Scope
@@ -27,7 +28,7 @@ from arc_dist.testing.world import Violation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """A bug, and the schedule of faults that is aimed at it, where there is one."""
+    """A bug, and the schedule of faults that is aimed at it, where there is one, and how the job ends under it."""
 
     where: Callable[..., Any]
     old: str
@@ -35,6 +36,7 @@ class Mutant:
     faults: tuple[str, ...] = ()
     options: Options = dataclasses.field(default_factory=Options)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    ends_with: int = 0
 
 
 @contextlib.contextmanager
@@ -65,14 +67,14 @@ def found_by(mutant: Mutant, *, num_seeds: int) -> str | None:
         if mutant.faults:
             told = [faults.parse(line) for line in mutant.faults]
             for seed in mutant.seeds:
-                if problem := _problem(lambda seed=seed: _played(seed, mutant.options, told)):
+                if problem := _problem(lambda seed=seed: _played(seed, mutant.options, told, mutant.ends_with)):
                     return f"the schedule that is aimed at it, seed {seed}: {problem}"
         for scope in (Scope(num_ranks=2, crashes=0, max_states=4000), Scope(num_ranks=2, max_states=4000)):
             if problem := _problem(lambda scope=scope: exhaustive.explore(scope)):
                 return f"the exhaustive search: {problem[:300]}"
         for seed in itertools.islice(itertools.count(), num_seeds):
             options = Options(num_ranks=2 + seed % 4, num_faults=10, replicated=seed % 2 == 0)
-            if problem := _problem(lambda seed=seed, options=options: _played(seed, options, None)):
+            if problem := _problem(lambda seed=seed, options=options: _played(seed, options)):
                 return f"the simulator, seed {seed}: {problem}"
     return None
 
@@ -80,16 +82,18 @@ def found_by(mutant: Mutant, *, num_seeds: int) -> str | None:
 def honest(mutant: Mutant) -> str | None:
     """What the schedule that is aimed at a bug says of the honest code."""
     told = [faults.parse(line) for line in mutant.faults]
-    problems = (_problem(functools.partial(_played, seed, mutant.options, told)) for seed in mutant.seeds)
+    problems = (
+        _problem(functools.partial(_played, seed, mutant.options, told, mutant.ends_with)) for seed in mutant.seeds
+    )
     return next((problem for problem in problems if problem), None)
 
 
-def _played(seed: int, options: Options, told: Any) -> None:
+def _played(seed: int, options: Options, told: Any = None, ends_with: int = 0) -> None:
     result = simulate(seed, options, faults=told)
     if result.violation is not None:
         raise result.violation
-    if told is not None and not result.counts["ended 0"]:
-        raise Violation("liveness: the job was not done, although nothing speaks against it")
+    if told is not None and not result.counts[f"ended {ends_with}"]:
+        raise Violation(f"liveness: the job did not end with {ends_with}, although nothing speaks against it")
 
 
 def _problem(play: Callable[[], Any]) -> str | None:
@@ -105,6 +109,7 @@ _ALL_KILLED = tuple(f"at 0.530 crash-rank {rank}" for rank in range(4))
 _POISONED = ("at 0.610 corrupt-state 0", *(f"at 0.640 crash-supervisor {rank}" for rank in range(4)))
 _CRASH_IN_START = ("at 0.160 crash-coordinator 0 for 0.002",)
 _REPLACED = ("at 0.500 crash-supervisor 1",)
+_TOLD_TO_GO = ("at 0.500 freeze-rank 1 for 60.000", "at 0.600 preempt 2")
 _FORGOTTEN = (
     "at 0.190 crash-coordinator 0 for 0.001",
     "at 0.244 freeze-supervisor 2 for 4.000",
@@ -137,6 +142,20 @@ MUTANTS = {
     ),
     "who finished is not started again": Mutant(
         where=G._conclude, old="finished=frozenset()", new="finished=job.finished"
+    ),
+    "a preempted job stops before it has saved its memory": Mutant(
+        where=G._conclude,
+        old="root.cause.exit_code != ExitCode.PREEMPTED",
+        new="False",
+        faults=_TOLD_TO_GO,
+        ends_with=ExitCode.PREEMPTED,
+    ),
+    "a generation that only saves counts as one that trains": Mutant(
+        where=G._open_transition,
+        old="_flushed(job) if job.flushing else None",
+        new="None",
+        faults=_TOLD_TO_GO,
+        ends_with=ExitCode.PREEMPTED,
     ),
     "the number of a generation is used again": Mutant(
         where=G._conclude, old="generation=job.generation + 1,", new="generation=job.generation,"

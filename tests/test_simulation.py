@@ -21,8 +21,8 @@ from arc_dist.testing.faults import Kind
 from arc_dist.testing.job import Options
 from arc_dist.testing.simulation import Result, shrink, simulate
 
-SMALL = 3_000
-LARGE = 10
+SMALL = 1_000
+LARGE = 2
 STORIES = sorted(stories.DIRECTORY.glob("*.txt"))
 
 
@@ -73,6 +73,17 @@ def test_small_jobs_come_to_their_end_and_no_invariant_breaks():
 @pytest.mark.timeout(1800)
 def test_large_jobs_come_to_their_end():
     play_all((seed, large(seed)) for seed in range(LARGE))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_thousands_of_small_and_some_large_jobs_come_to_their_end():
+    def every() -> Iterable[tuple[int, Options]]:
+        yield from ((seed, options_of(seed)) for seed in range(SMALL, 3 * SMALL))
+        yield from ((seed, large(seed)) for seed in range(LARGE, 10))
+
+    met = play_all(every())
+    assert met["flush"] >= 3, "memory was hardly ever saved by a generation of its own"
 
 
 @pytest.mark.soak
@@ -171,9 +182,10 @@ def test_every_state_of_a_small_job(scope: Scope):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_nearest_states_of_a_larger_job():
+@pytest.mark.parametrize("max_states", [10_000, pytest.param(30_000, marks=pytest.mark.soak)])
+def test_the_nearest_states_of_a_larger_job(max_states: int):
     """Too many to visit all; breadth first, so all that is reached by few events."""
-    found = explore(Scope(max_states=30_000))
+    found = explore(Scope(max_states=max_states))
     print(f"{found.num_states} states, {found.num_transitions} transitions, complete: {found.is_complete}")
     assert found.met["kill"] and found.met["crash"] and found.met["replace"]
 

@@ -208,11 +208,8 @@ class Trainer:
             self.exit(_left(saved=False))
             return
         self.history = history
-        self.save(
-            len(history),
-            history,
-            lambda committed: self.exit({"kind": "finished"} if committed else _left(saved=False)),
-        )
+        finished = {"kind": "finished"}
+        self.save(len(history), history, lambda committed: self.exit(finished if committed else _left(saved=False)))
 
 
 class Group:
