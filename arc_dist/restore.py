@@ -56,7 +56,7 @@ def find(engine: Engine) -> Found | None:
         found = found or _older_in_memory(engine, below=plan["step"])
         if found is not None:
             return found
-    found = None if engine.store is None else _from_store(engine, engine.store, plan["poisoned"])
+    found = None if engine.store is None else _from_store(engine, engine.store, plan)
     if found is None and plan["tier"] != "none":
         raise errors.InfrastructureError(
             f"step {plan['step']} was to be restored from {plan['tier']}, but no whole state is left in memory or in a "
@@ -141,9 +141,12 @@ def from_memory(plan: dict[str, Any], rank: int, directory: Path, *, own: Callab
     return snapshot
 
 
-def _from_store(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]) -> Found | None:
-    """Newest first; rank 0's listing is everyone's."""
-    listed, damaged = agree(engine.voter, lambda: _listing(engine, store, poisoned), "the store cannot be listed")
+def _from_store(engine: Engine, store: Tiers, plan: dict[str, Any]) -> Found | None:
+    """Newest first; rank 0's listing is everyone's. What is newer than the planned step was refused by the plan."""
+    at_most = plan.get("step")
+    listed, damaged = agree(
+        engine.voter, lambda: _listing(engine, store, plan["poisoned"], at_most), "the store cannot be listed"
+    )
     listed, damaged = engine.voter.gather([listed, damaged], step=0)[0]
     if not listed and not damaged:
         return None
@@ -160,7 +163,9 @@ def _from_store(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]
     )
 
 
-def _listing(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]) -> tuple[list[Any], list[int]]:
+def _listing(
+    engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]], at_most: int | None
+) -> tuple[list[Any], list[int]]:
     """(step, world size) of what may be restored, and the steps whose manifest is damaged. Rank 0 looks for all."""
     if engine.rank != 0:
         return [], []
@@ -184,6 +189,7 @@ def _listing(engine: Engine, store: Tiers, poisoned: Sequence[dict[str, int]]) -
         for info in infos
         if info.problem is None
         and info.certified
+        and (at_most is None or info.step <= at_most)
         and not any(entry["from_step"] <= info.step <= entry["to_step"] for entry in poisoned)
     ]
     return usable, [info.step for info in infos if info.problem is not None]

@@ -10,7 +10,7 @@ import pytest
 
 from arc_dist.coordinator import journal as module
 from arc_dist.coordinator.journal import Journal
-from arc_dist.errors import ConfigError, StoreCorrupt, StoreError
+from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 
 
 def write(path: Path, *numbers: int) -> None:
@@ -108,3 +108,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="ARC_RUN_DIR"):
         Journal.open(tmp_path / "file" / "journal.log")
+
+
+def test_a_journal_that_was_taken_over_is_not_written(tmp_path: Path):
+    path = tmp_path / "journal.log"
+    journal = Journal.open(path)
+    journal.append({"n": 1})
+    (tmp_path / "other").write_bytes(path.read_bytes())
+    (tmp_path / "other").replace(path)  # as its successor does where the lock was lost
+    with pytest.raises(Fenced, match="taken over"):
+        journal.append({"n": 2})
+    journal.close()
+    assert Journal.open(path).last == {"n": 1}

@@ -416,3 +416,50 @@ def test_two_coordinators_never_share_a_journal(coordinator: Coordinator, tmp_pa
     with pytest.raises(ConfigError, match="in use by another"):
         Coordinator.open(2, run_dir=tmp_path)
     assert (tmp_path / JOURNAL_NAME).stat().st_mode & 0o077 == 0
+
+
+def test_a_supervisor_that_a_restart_forgot_is_known_again_when_it_is_ready(store: Store, tmp_path: Path):
+    first = Coordinator.open(2, run_dir=tmp_path, job_id="job", commit=store)
+    both = clients(first)
+    first.close()  # nothing was decided yet, so nothing is in the journal
+    second = Coordinator.open(2, run_dir=tmp_path, job_id="job", commit=store)
+    for rank, client in enumerate(both):
+        client._coordinator = second
+        say_ready(client, rank, 0)
+    assert second.job.phase.value == "running"
+    LocalClient(second).join(1, 2, "host", 999, "/shm/1b")  # its successor, while generation 0 runs
+    assert second.job.phase.value == "ending"
+    assert "replaced" in both[0].directive(0, 0, timeout_s=0.0, after="run")["reason"]
+
+
+def test_a_supervisor_that_comes_when_the_job_is_over_is_told_so(coordinator: Coordinator):
+    both = running(coordinator)
+    for rank, client in enumerate(both):
+        client.finished(rank, 0)
+    late = LocalClient(coordinator)
+    answer = late.join(1, 2, "host", 999, "/shm/1b")
+    assert late.directive(1, answer["generation"], timeout_s=0.0)["kind"] == "done"
+
+
+def test_a_journal_that_failed_is_written_again_while_nothing_else_happens(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = [0.0]
+    coordinator = Coordinator.open(2, run_dir=tmp_path, job_id="job", commit=store, clock=lambda: now[0])
+    both = clients(coordinator)
+    journal = coordinator._journal
+    assert journal is not None
+
+    def full(state: Any) -> None:
+        raise StoreFull("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "append", full)
+        for rank, client in enumerate(both):
+            say_ready(client, rank, 0)
+        assert coordinator.call("status", {})["journal_error"] is not None
+    now[0] += 5.0
+    both[0].directive(0, 0, timeout_s=0.0, after="run")
+    assert coordinator.call("status", {})["journal_error"] is None
+    coordinator.close()
+    assert Coordinator.open(2, run_dir=tmp_path, job_id="job", commit=store).job.phase.value == "running"

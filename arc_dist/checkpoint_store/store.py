@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -66,15 +67,28 @@ class Store:
             HuggingFaceStorageReader) need a copy of it (`arc copy` makes it whole), a damaged file may harm several
             steps, and retention keeps what is referred to. That is why it is off by default. What was written with it
             is read, copied and pruned without it.
+        backend: where the files are, instead of what `url` names.
+        wall_clock: seconds since the epoch, for the times that manifests tell.
+        visible_timeout_s: how long a commit waits for a file that another host has just written.
 
     The constructor touches nothing; call `check_writable` before training starts.
     """
 
     def __init__(
-        self, url: str | os.PathLike[str], *, run: str = "run", owner: str | None = None, dedup: bool = False
+        self,
+        url: str | os.PathLike[str],
+        *,
+        run: str = "run",
+        owner: str | None = None,
+        dedup: bool = False,
+        backend: Backend | None = None,
+        wall_clock: Callable[[], float] = time.time,
+        visible_timeout_s: float = _VISIBLE_TIMEOUT_S,
     ) -> None:
         self.run = check_run_name(run)
-        self._backend: Backend = open_backend(url)
+        self._backend: Backend = open_backend(url) if backend is None else backend
+        self._wall_clock = wall_clock
+        self._visible_timeout_s = visible_timeout_s
         self._owner = owner
         self._alone = uuid.uuid4().hex
         self._unchanged = Unchanged(lambda place: stored_digest(self._backend, self.run, place)) if dedup else None
@@ -242,12 +256,12 @@ class Store:
             where=f"{self.url}/{path}",
             certified=meta.get("certified") is True,
             meta={**_about(parts), **codec.encode(dict(meta), inline=True)[0]},
-            committed_at=time.time(),
+            committed_at=self._wall_clock(),
             parent=max((s for s in map(step_of_directory, earlier) if s is not None and s < step), default=None),
             versions=_versions(),
         )
-        check_written(self._backend, path, manifest, timeout_s=_VISIBLE_TIMEOUT_S)
-        check_references(self._catalog, manifest, attempt, f"{self.url}/{path}", timeout_s=_VISIBLE_TIMEOUT_S)
+        check_written(self._backend, path, manifest, timeout_s=self._visible_timeout_s)
+        check_references(self._catalog, manifest, attempt, f"{self.url}/{path}", timeout_s=self._visible_timeout_s)
         require_owner(self._backend, self.run, manifest.owner)
         manifest = self._fence_and_order(manifest, earlier)
         data = manifest.to_bytes()
@@ -453,6 +467,7 @@ def _about(parts: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     return dict(cast("dict[str, Any]", first)) if isinstance(first, dict) else {}
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     try:
         ours = importlib.metadata.version("arc-dist")

@@ -23,10 +23,11 @@ from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced
 _Json = dict[str, Any]
 
 
-class _Methods:
+class Methods:
     """The methods of the coordinator, on top of one way to send a message. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        """`call` sends through `_send`; who sends in another way uses `prepare` and `accept` around it."""
         self._guard = threading.Lock()
         self._epoch = 0
         self._sender: dict[int, str] = {}
@@ -48,12 +49,24 @@ class _Methods:
             Fenced: the coordinator is an old one, or this supervisor was replaced.
             ConfigError: the message was not understood, or the token is wrong.
         """
-        message = dict(body or {})
+        message = self.prepare(method, body or {})
+        return self.accept(method, message, self._send(method, message, wait_s))
+
+    def prepare(self, method: str, body: Mapping[str, Any]) -> _Json:
+        """The message to send: `body` with what the coordinator knows this client by."""
+        message = dict(body)
         with self._guard:
             message["epoch"] = self._epoch
             if "rank" in message and message["rank"] in self._sender and method != "join":
                 message["sender"] = self._sender[message["rank"]]
-        answer = self._send(method, message, wait_s)
+        return message
+
+    def accept(self, method: str, message: Mapping[str, Any], answer: _Json) -> _Json:
+        """Takes the answer to `message`, and remembers of it what later messages need.
+
+        Raises:
+            Fenced: an old coordinator gave it.
+        """
         epoch = int(answer.get("epoch", 0))
         with self._guard:
             if epoch < self._epoch:
@@ -61,17 +74,19 @@ class _Methods:
                     f"{method}: a coordinator of epoch {epoch} answered, but epoch {self._epoch} has begun", epoch=epoch
                 )
             self._epoch = epoch
+            if method == "join":
+                self._sender[message["rank"]] = answer["sender"]
+                self._following.clear()
+            elif method == "ready":
+                self._following.pop((message["rank"], message["generation"]), None)
+            elif method == "directive" and answer["kind"] != "wait":
+                self._following[message["rank"], message["generation"]] = answer["kind"]
         return answer
 
     def join(self, rank: int, world_size: int, host: str, pid: int, shm_dir: str) -> _Json:
         """A supervisor is there. Returns ``{"epoch", "generation"}``: the generation to be ready for."""
-        answer = self.call(
-            "join", {"rank": rank, "world_size": world_size, "host": host, "pid": pid, "shm_dir": shm_dir}
-        )
-        with self._guard:
-            self._sender[rank] = answer["sender"]
-            self._following.clear()
-        return answer
+        body = {"rank": rank, "world_size": world_size, "host": host, "pid": pid, "shm_dir": shm_dir}
+        return self.call("join", body)
 
     def ready(
         self,
@@ -91,10 +106,7 @@ class _Methods:
             "shm_dir": shm_dir,
             "host": host,
         }
-        answer = self.call("ready", body)
-        with self._guard:
-            self._following.pop((rank, generation), None)
-        return answer
+        return self.call("ready", body)
 
     def died(self, rank: int, generation: int, cause: Mapping[str, Any], step: int | None) -> _Json:
         """The rank's process of `generation` is gone; `cause` as in `protocol.budgets.Cause.from_dict`."""
@@ -114,15 +126,10 @@ class _Methods:
             after: the kind of order that is followed already, so that only another one is an answer; default: the one
                 that this client got last about `generation`.
         """
-        key = (rank, generation)
         with self._guard:
-            known = self._following.get(key, "") if after is None else after
+            known = self._following.get((rank, generation), "") if after is None else after
         body = {"rank": rank, "generation": generation, "timeout_s": timeout_s, "after": known}
-        answer = self.call("directive", body, wait_s=timeout_s)
-        if answer["kind"] != "wait":
-            with self._guard:
-                self._following[key] = answer["kind"]
-        return answer
+        return self.call("directive", body, wait_s=timeout_s)
 
     def shard(
         self,
@@ -205,7 +212,7 @@ class _Methods:
         return self.call("status")
 
 
-class CoordinatorClient(_Methods):
+class CoordinatorClient(Methods):
     """A client over HTTP. Each thread that uses it has its own connection, kept alive.
 
     Args:
@@ -315,7 +322,7 @@ def _port(parts: urllib.parse.SplitResult) -> int | None:
         return None
 
 
-class LocalClient(_Methods):
+class LocalClient(Methods):
     """The same methods for a coordinator in this process."""
 
     def __init__(self, coordinator: Coordinator) -> None:

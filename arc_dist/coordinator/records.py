@@ -25,6 +25,15 @@ def identity_of(member: Member) -> str:
     return f"{member.host}/{member.pid}/{member.shm_dir}"
 
 
+def member_of(identity: str, host: str, shm_dir: str) -> Member | None:
+    """The supervisor that has this identity, or None when it is not one of `host` and `shm_dir`."""
+    head, tail = f"{host}/", f"/{shm_dir}"
+    pid = identity.removeprefix(head).removesuffix(tail)
+    if not pid.isascii() or not pid.isdigit() or identity != f"{head}{pid}{tail}":
+        return None
+    return Member(host=host, pid=int(pid), shm_dir=shm_dir)
+
+
 def read_cause(fields: Mapping[str, Any]) -> Cause:
     """The cause of a death as a supervisor tells it.
 

@@ -71,6 +71,10 @@ class SaveDesk:
         self._changed = changed
         self._clock = clock
 
+    @property
+    def saves(self) -> Saves:
+        return self._saves
+
     def open_for(self, generation: int | None) -> None:
         """Lets `generation` alone save from now on."""
         self._saves = commits.open_for(self._saves, generation)

@@ -24,6 +24,7 @@ from arc_dist.coordinator.records import (
     append_incident,
     describe,
     identity_of,
+    member_of,
     read_cause,
     read_holding,
 )
@@ -69,6 +70,7 @@ _LOCKLESS = frozenset({"incident", "report", "status"})  # nothing is decided by
 _MAX_HOLDINGS = 64
 _MAX_LISTED = 100_000
 _MAX_QUIET_S = 1e9
+_APPEND_AGAIN_S = 1.0
 
 
 class Coordinator:
@@ -81,6 +83,7 @@ class Coordinator:
         journal: where decisions go, and from where they come back; None forgets them.
         clock: monotonic seconds.
         max_restarts: see `protocol.budgets`.
+        max_fruitless: see `protocol.budgets`.
         commit: writes manifests; default: the checkpoint store's.
         starting_timeout_s: see `protocol.job.JobConfig`.
         ending_timeout_s: see `protocol.job.JobConfig`.
@@ -95,13 +98,14 @@ class Coordinator:
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
         max_restarts: int = 100,
+        max_fruitless: int = 3,
         commit: CommitPort = default_commit,
         starting_timeout_s: float = 600.0,
         ending_timeout_s: float = 60.0,
     ) -> None:
         self._config = JobConfig(
             world_size=world_size,
-            budget=BudgetPolicy(max_restarts=max_restarts),
+            budget=BudgetPolicy(max_restarts=max_restarts, max_fruitless=max_fruitless),
             starting_timeout_s=starting_timeout_s,
             ending_timeout_s=ending_timeout_s,
         )
@@ -115,6 +119,7 @@ class Coordinator:
         self._closed = False
         self._told: set[int] = set()  # ranks that were told that the job is over
         self._journal_error: str | None = None
+        self._append_again_s = 0.0
         self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
         self._board = Board()
         self._job = self._revived(journal)
@@ -150,6 +155,16 @@ class Coordinator:
     def world_size(self) -> int:
         """Number of ranks."""
         return self._config.world_size
+
+    @property
+    def job(self) -> Job:
+        """The state of the job, which never changes in place."""
+        return self._job
+
+    @property
+    def saves(self) -> Saves:
+        """The state of the saves, which never changes in place."""
+        return self._saves.saves
 
     @property
     def methods(self) -> frozenset[str]:
@@ -213,6 +228,11 @@ class Coordinator:
         rank, generation = self._rank(fields), fields.integer("generation")
         holdings = tuple(read_holding(entry) for entry in fields.mappings("inventory", max_items=_MAX_HOLDINGS))
         inventory = Inventory(host=fields.text("host"), shm_dir=fields.text("shm_dir"), holdings=holdings)
+        # A restarted coordinator may have forgotten a first join, which is not journaled. Were the member not known
+        # when the generation runs, its successor would be taken for the first one, and nobody would end what it left.
+        member = member_of(fields.text("sender", default=""), inventory.host, inventory.shm_dir)
+        if member is not None and rank not in self._job.members:
+            self._apply(Joined(rank=rank, member=member))
         store = fields.mapping_or_none("store")
         if store is not None and generation == self._job.generation + (self._job.phase is not Phase.STARTING):
             self._store = dict(store)
@@ -394,6 +414,7 @@ class Coordinator:
         """Lets the rules answer, makes durable what must be, and only then shows it to others."""
         outcome = generations.apply(self._config, self._job, event, self._clock())
         if outcome.job is self._job and not outcome.actions:
+            self._append_late()
             return
         if any(
             isinstance(action, (GenerationEnds, GenerationRuns, JobOver, StateMatters)) for action in outcome.actions
@@ -464,6 +485,15 @@ class Coordinator:
             if self._journal_error is None:
                 logger.warning("%s; a restarted coordinator would not know it", error)
             self._journal_error = str(error)
+        except Fenced:
+            self._deposed_by = self.epoch + 1  # at least
+            raise
+
+    def _append_late(self) -> None:
+        """Tries again to make durable what the journal did not take, now and then, while nothing else happens."""
+        if self._journal_error is not None and self._clock() >= self._append_again_s:
+            self._append_again_s = self._clock() + _APPEND_AGAIN_S
+            self._append(self._job)
 
     def _revived(self, journal: Journal | None) -> Job:
         if journal is None or journal.last is None:
@@ -496,9 +526,12 @@ class Coordinator:
             )
 
     def _check_sender(self, fields: Fields) -> None:
-        """A supervisor that was replaced is told so: it must not start a second process for its rank."""
+        """A supervisor that was replaced is told so: it must not start a second process for its rank.
+
+        A job that is over takes no new members and starts nothing; whoever asks is told the end.
+        """
         sender = fields.text("sender", default="")
-        if not sender:
+        if not sender or self._job.phase.is_over:
             return
         rank = self._rank(fields)
         member = self._job.members.get(rank)

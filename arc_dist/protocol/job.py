@@ -60,6 +60,9 @@ class Member:
     pid: int
     shm_dir: str
 
+    def as_dict(self) -> dict[str, Any]:
+        return {"host": self.host, "pid": self.pid, "shm_dir": self.shm_dir}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stop:
@@ -137,7 +140,7 @@ def durable(job: Job) -> dict[str, Any]:
         "phase": job.phase.value,
         "generation": job.generation,
         "first": job.first,
-        "members": {str(rank): dataclasses.asdict(member) for rank, member in job.members.items()},
+        "members": {str(rank): member.as_dict() for rank, member in job.members.items()},
         "poison": [dataclasses.asdict(poison) for poison in job.known.poison],
         "restored": [dataclasses.asdict(restored) for restored in job.known.restored],
         "ledger": job.ledger.as_dict(),

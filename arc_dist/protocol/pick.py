@@ -168,6 +168,9 @@ class Source:
     shm_dir: str
     slot: int
 
+    def as_dict(self) -> dict[str, Any]:
+        return {"rank": self.rank, "shm_dir": self.shm_dir, "slot": self.slot}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refusal:
@@ -211,7 +214,7 @@ class Plan:
             "step": self.step,
             "tier": self.tier.value,
             "reason": self.reason,
-            "sources": {str(rank): dataclasses.asdict(source) for rank, source in sorted(self.sources.items())},
+            "sources": {str(rank): source.as_dict() for rank, source in sorted(self.sources.items())},
             "url": self.url,
             "saved_by": self.saved_by,
             "refused": [dataclasses.asdict(refusal) for refusal in self.refused],

@@ -256,6 +256,8 @@ class Supervisor:
             self._setup.store_for(generation + 1)
         self._setup.generation_began(generation)
         self._finish_incident(trainer)
+        if self._departure.has_begun and not self._departure.is_flushing:
+            self._tell_notice()  # a new supervisor of another rank made it forgotten, and this one is still to go
         self._wait(
             lambda: trainer.returncode is not None or self._directive is not None or self._departure.must_cut_short
         )
