@@ -51,7 +51,7 @@ class Live:
 
     def arc(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         code = "import sys; from arc_dist.cli import main; sys.exit(main(sys.argv[1:]))"
-        env = {**os.environ, "ARC_SHM_ROOT": str(self.shm_root), **environ}
+        env = {**os.environ, "ARC_SHM_ROOT": str(self.shm_root), "COLUMNS": "160", **environ}
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
 
