@@ -118,12 +118,6 @@ def restore(store: Store) -> int | None:
     return newest.step
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is not seen is not waited for: nobody else writes here."""
-    monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 0.0)
-
-
 def under(faults: Faults, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> tuple[Any, ArcError | None]:
     """What `action` returns or raises. Only our own errors are let through."""
     with monkeypatch.context() as patch:
@@ -173,7 +167,7 @@ def fresh(tmp_path: Path, number: int) -> tuple[Path, Store]:
     save_store = Store(root, owner="old")
     save_store.check_writable()
     save(save_store, OLD)
-    return root, Store(root, owner="new")
+    return root, Store(root, owner="new", visible_timeout_s=0.0)  # nobody else writes here
 
 
 def every_call_of_a_save(

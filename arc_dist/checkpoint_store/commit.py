@@ -121,7 +121,7 @@ def check_written(backend: Backend, path: str, manifest: Manifest, *, timeout_s:
                 nbytes = source.nbytes
                 source.close()
             except StoreGone as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
                     raise StoreGone(
                         f"{path}/{file.name}: written by rank {file.rank}, but not there. Do all hosts share this "
                         f"directory? {_NOTHING}",

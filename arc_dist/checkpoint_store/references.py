@@ -259,7 +259,7 @@ def _wait_for(catalog: Catalog, directory: str, where: str, deadline: float) -> 
         try:
             return catalog.manifest(directory)
         except StoreGone as error:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise StoreGone(
                     f"{where}: refers to {directory}, which is no checkpoint any more. {_NOTHING} The next save "
                     "writes everything that it needs.",
