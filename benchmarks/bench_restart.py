@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -60,7 +61,8 @@ class Job:
     def __init__(self, arm: str, directory: Path, options: argparse.Namespace) -> None:
         self.arm = arm
         self.options = options
-        self.run_directory = directory / "run"
+        self.directory = directory
+        self.shm_root = Path(tempfile.mkdtemp(prefix="bench-restart-", dir="/dev/shm"))
         (directory / "steps").touch()
         self._reader = (directory / "steps").open()
         self._rest = ""
@@ -71,13 +73,15 @@ class Job:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "ARC_RUN_DIR": str(self.run_directory),
+            "ARC_RUN_DIR": str(directory / "run"),
+            "ARC_SHM_ROOT": str(self.shm_root),
             "ARC_MAX_RESTARTS": "100000",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         self.output_path = directory / "output"
         self.output = self.output_path.open("wb")
         command = [*launcher, *retries, *wrapper, str(SCRIPT), arm, options.model, str(directory)]
+        command += ["--store"] if options.store else []
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -110,7 +114,7 @@ class Job:
 
     def deaths_seen(self) -> list[float]:
         """When the supervisors knew of each death, in seconds of the wall clock; none without supervisors."""
-        path = self.run_directory / "incidents.jsonl"
+        path = self.directory / "run" / "incidents.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [line["died_at"] for line in lines if line["kind"] == "rank_died"]
 
@@ -129,6 +133,7 @@ class Job:
                     os.kill(pid, signal.SIGKILL)
         self.output.close()
         self._reader.close()
+        shutil.rmtree(self.shm_root)
 
 
 @contextlib.contextmanager
@@ -207,6 +212,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="of our arm")
     parser.add_argument("--torchrun-kills", type=int, default=10, help="of torchrun's arm")
     parser.add_argument("--blocks", type=int, default=5, help="jobs per arm, the arms in turn")
+    parser.add_argument("--store", action="store_true", help="our arm writes checkpoints every 100 steps too")
     parser.add_argument("--limit-s", type=float, default=60.0, help="a restart that takes longer has failed")
     parser.add_argument("--verbose", action="store_true", help="every kill, and what the jobs print")
     parser.add_argument("--seed", type=int, default=0)

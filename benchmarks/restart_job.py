@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("arm", choices=("arc", "torchrun"))
     parser.add_argument("model", choices=("mlp", "gpt10m"))
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -63,7 +64,8 @@ def main() -> None:
         from arc_dist import Arc
         from arc_dist.data.sampler import SeededSampler
 
-        arc = Arc(model, optimizer, max_grad_norm=1.0)
+        store = f"{arguments.directory / 'store'}?keep=last=3" if arguments.store else None
+        arc = Arc(model, optimizer, max_grad_norm=1.0, store=store, checkpoint_every=CHECKPOINT_EVERY)
         for result in arc.train(loss_fn, DataLoader(data, rows, sampler=SeededSampler(data)), steps=STEPS):
             committed(result.number)
         return
