@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -87,6 +85,9 @@ def main() -> None:
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """A classic DCP checkpoint in a directory of its own; the link to the newest is renamed into place."""
+    import torch.distributed.checkpoint as dcp  # here, because our arm does not need it
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.save({**state, "step": step}, checkpoint_id=path.with_name(f"dcp-{step}"))
     if dist.get_rank() == 0:
@@ -100,6 +101,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Loads the newest DCP checkpoint, if there is one; returns its step."""
     if not path.exists():
         return 0
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": 0}
     dcp.load(state, checkpoint_id=path.resolve())
