@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -101,9 +102,12 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: i
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.save({**state, "step": step}, checkpoint_id=path.with_name(f"dcp-{step}"))
     if dist.get_rank() == 0:
+        old = path.resolve() if path.exists() else None
         draft = path.with_name("draft")
         draft.symlink_to(path.with_name(f"dcp-{step}"))
         draft.replace(path)
+        if old is not None:
+            shutil.rmtree(old)
     dist.barrier()
 
 
