@@ -1,7 +1,7 @@
 """A file on its way to S3: several parts at once, and a name that exactly one of several writers gets.
 
 A part is a copy of its bytes (the client libraries take nothing that they cannot keep) and is sent by a thread that
-lives as long as its request. The threads are daemons: a server that never answers must not hold up the end of the process.
+lives as long as its request. They are daemons: a server that never answers must not hold up the end of the process.
 """
 
 from __future__ import annotations
