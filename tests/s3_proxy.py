@@ -49,27 +49,35 @@ class Proxy:
         rule: asked about each request before anything of its body is read, in the request's own thread; it may wait.
         seen: all requests, in the order in which they came.
         most_parts: the highest number of parts that were in flight at once.
+        strips_condition_of_completion: the server joins parts without a look at If-None-Match, as radosgw 16 does.
     """
 
     def __init__(self) -> None:
         self.url = ""
-        self.rule: Rule = lambda request: None
-        self.seen: list[Request] = []
-        self.most_parts = 0
-        self.strips_condition_of_completion = False
         self._parts = 0
         self._changed = threading.Condition()
         # moto looks whether a name is free and takes it in two steps; a service does it in one.
         self.conditional = threading.Lock()
+
+        self.reset()
+
+    def reset(self) -> None:
+        """Forwards everything, and has seen nothing."""
+        self.rule: Rule = lambda request: None
+        self.seen: list[Request] = []
+        self.most_parts = 0
+        self.strips_condition_of_completion = False
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Waits for something that a request changes; False when it does not come."""
         with self._changed:
             return self._changed.wait_for(condition, LIMIT_S)
 
-    @property
-    def parts_in_flight(self) -> int:
-        return self._parts
+    def tell(self, change: Callable[[], None]) -> None:
+        """Makes a change for which another request may wait."""
+        with self._changed:
+            change()
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def entered(self, operation: str, key: str, part: int) -> Iterator[Request]:

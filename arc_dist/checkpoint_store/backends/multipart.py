@@ -23,7 +23,9 @@ from arc_dist.errors import StoreGone
 
 PART_BYTES = 8 << 20  # little beside the snapshot, and worth its request; S3 takes no less than 5 MiB
 _MAX_PARTS = 10_000  # S3's own limit
-_ROOM_BYTES = 4 * PART_BYTES
+# Three parts at once. Each costs its bytes, and once more where a transport copies what the kernel does not take at once
+# (plain HTTP before Python 3.12): with what an allocator keeps, that is just below 64 MiB.
+_ROOM_BYTES = 3 * PART_BYTES
 _WRITER = "arc-writer"  # names, in an object's metadata, the sink that made it
 
 
@@ -38,10 +40,15 @@ class Room:
         self._taken = 0
         self._changed = threading.Condition()
 
+    def wait(self, nbytes: int) -> None:
+        """Waits until so many bytes may go, and takes nothing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + nbytes <= self._nbytes)
+
     def take(self, nbytes: int) -> None:
         """Waits until so many bytes may go."""
         with self._changed:
-            self._changed.wait_for(lambda: self._taken == 0 or self._taken + nbytes <= self._nbytes)
+            self.wait(nbytes)
             self._taken += nbytes
 
     def give_back(self, nbytes: int) -> None:
@@ -90,6 +97,8 @@ class S3Sink:
             while len(data):
                 if self._filling.tell() == self._part_bytes:
                     self._send_part()
+                    # The next is not filled while the others take up all the room: it would be one buffer more.
+                    self._room.wait(self._part_bytes)
                 count = min(len(data), self._part_bytes - self._filling.tell())
                 self._filling.write(data[:count])
                 data = data[count:]
