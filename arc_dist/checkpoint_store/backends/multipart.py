@@ -23,7 +23,7 @@ from arc_dist.errors import StoreGone
 
 PART_BYTES = 8 << 20  # little beside the snapshot, and worth its request; S3 takes no less than 5 MiB
 _MAX_PARTS = 10_000  # S3's own limit
-# Three parts at once. Each costs its bytes, and once more where a transport copies what the kernel does not take at once
+# Three parts at once. Each costs its bytes, and once more where a transport copies what the kernel has not taken yet
 # (plain HTTP before Python 3.12): with what an allocator keeps, that is just below 64 MiB.
 _ROOM_BYTES = 3 * PART_BYTES
 _WRITER = "arc-writer"  # names, in an object's metadata, the sink that made it
@@ -71,7 +71,7 @@ class S3Sink:
         filesystem: of s3fs.
         path: ``bucket/key``.
         where: the same for messages.
-        nbytes: what will be written. At most 10,000 parts carry it, of 8 MiB each for up to 80 GiB.
+        nbytes: what will be written. At most 10,000 parts carry it, of 8 MiB each for up to 78 GiB.
         exclusive: `publish` raises Fenced when the name is taken.
         room: for parts on their way; shared by all files of a backend.
     """
