@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stats import describe, setting
 
@@ -82,6 +83,7 @@ class Job:
         self.output = self.output_path.open("wb")
         command = [*launcher, *retries, *wrapper, str(SCRIPT), arm, options.model, str(directory)]
         command += ["--store"] if options.store else []
+        command += options.extra
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -112,11 +114,11 @@ class Job:
             time.sleep(0.01)
         return None
 
-    def deaths_seen(self) -> list[float]:
-        """When the supervisors knew of each death, in seconds of the wall clock; none without supervisors."""
+    def incidents(self, kind: str) -> list[dict[str, Any]]:
+        """What was noted of one kind; nothing without supervisors."""
         path = self.directory / "run" / "incidents.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line["died_at"] for line in lines if line["kind"] == "rank_died"]
+        return [line for line in lines if line["kind"] == kind]
 
     def end(self) -> None:
         """Ends the launcher and its workers."""
@@ -149,14 +151,14 @@ def running(arm: str, options: argparse.Namespace) -> Iterator[Job]:
             job.end()
 
 
-def kill_one(job: Job, rank: int, rng: random.Random) -> Restart:
-    """Kills a rank at a random moment and measures until all ranks have committed a new step."""
+def kill_one(job: Job, rank: int, rng: random.Random, number: int = signal.SIGKILL) -> Restart:
+    """Kills (or stops) a rank at a random moment and measures until all ranks have committed a new step."""
     limit_s = job.options.limit_s
     time.sleep(rng.uniform(0.05, 0.25))
     before = job.read()
     old_pids = frozenset(trainer.pid for trainer in before)
     victim = {trainer.rank: trainer.pid for trainer in before}[rank]
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, number)
     killed_at_s, killed_at = time.monotonic(), time.time()
     fresh = job.wait_for_steps(1, besides=old_pids, limit_s=limit_s)
     if fresh is None:
@@ -186,7 +188,7 @@ def measure(arm: str, kills: int, rng: random.Random, options: argparse.Namespac
                 break
         if options.verbose:
             print(job.output_path.read_text(errors="replace"))
-        seen = job.deaths_seen()
+        seen = [line["died_at"] for line in job.incidents("rank_died")]
     return results, [at - restart.killed_at for restart, at in zip(results, seen, strict=False)]
 
 
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="every kill, and what the jobs print")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.extra = []
     rng = random.Random(arguments.seed)
     print((__doc__ or "").splitlines()[0])
     job = f"{arguments.model} on {arguments.ranks} ranks, seed {arguments.seed}"

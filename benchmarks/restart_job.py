@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("model", choices=("mlp", "gpt10m"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--store", action="store_true")
+    parser.add_argument("--hang-factor", type=float, default=10.0)
+    parser.add_argument("--hang-min-s", type=float, default=60.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -63,7 +65,15 @@ def main() -> None:
         from arc_dist.data.sampler import SeededSampler
 
         store = f"{arguments.directory / 'store'}?keep=last=3" if arguments.store else None
-        arc = Arc(model, optimizer, max_grad_norm=1.0, store=store, checkpoint_every=CHECKPOINT_EVERY)
+        arc = Arc(
+            model,
+            optimizer,
+            max_grad_norm=1.0,
+            store=store,
+            checkpoint_every=CHECKPOINT_EVERY,
+            hang_factor=arguments.hang_factor,
+            hang_min_s=arguments.hang_min_s,
+        )
         for result in arc.train(loss_fn, DataLoader(data, rows, sampler=SeededSampler(data)), steps=STEPS):
             committed(result.number)
         return

@@ -22,7 +22,7 @@ GROWTH = 1.01
 @pytest.mark.timeout(7200)
 def test_a_hundred_thousand_steps_with_hundreds_of_kills_lose_no_step_and_nothing_grows():
     rng = random.Random(1)
-    options = argparse.Namespace(model="mlp", ranks=2, between=STEPS_BETWEEN, limit_s=120.0, store=True, verbose=False)
+    options = argparse.Namespace(model="mlp", ranks=2, between=STEPS_BETWEEN, limit_s=120.0, store=True, extra=[])
     with running("arc", options) as job:
         for number in range(KILLS):
             restart = kill_one(job, rng.randrange(options.ranks), rng)
