@@ -58,6 +58,11 @@ def commit_one(store: Store, step: int, tensor: torch.Tensor) -> None:
     store.commit(step, 0, 1, {0: part}, {"certified": True})
 
 
+def require_no_uploads(bucket: str) -> None:
+    """Parts whose upload was neither joined nor aborted are in no listing of keys, and cost money."""
+    assert client().list_multipart_uploads(bucket.removeprefix("s3://")) == []
+
+
 def require_equal(store: Store, step: int, tensor: torch.Tensor) -> None:
     checkpoint = store.open(step)
     (loaded,) = checkpoint.read([checkpoint.specs()["w"]])
@@ -192,6 +197,30 @@ def test_of_8_processes_that_create_one_object_exactly_one_is_told_so(bucket: st
     assert RemoteBackend(bucket).read("run/step-00000001/manifest.json", 1 << 20) == wanted
 
 
+def test_of_racing_uploads_in_parts_one_wins_and_the_others_leave_nothing(bucket: str) -> None:
+    """The gateway would let each of them join its parts."""
+    num_racers, path = 4, "run/step-00000001/rank-00000.safetensors"
+    begun = threading.Barrier(num_racers)
+
+    def race(index: int) -> bool:
+        sink = RemoteBackend(bucket).create(path, 20 << 20, exclusive=True)
+        try:
+            sink.write(memoryview(bytes([index]) * (20 << 20)))
+            begun.wait(120)
+            sink.publish()
+        except Fenced:
+            sink.discard()
+            return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(num_racers) as pool:
+        won = list(pool.map(race, range(num_racers)))
+    assert won.count(True) == 1
+    assert client().cat_file(f"{bucket}/{path}") == bytes([won.index(True)]) * (20 << 20)
+    assert keys(bucket) == {path, f"{path}.claim"}
+    require_no_uploads(bucket)
+
+
 # ---------------------------------------------------------------------- quota
 
 
@@ -204,6 +233,7 @@ def test_a_bucket_over_its_quota_is_full_and_usable_again(cluster: ceph.Cluster,
             commit_one(store, 2, large(mebibytes))
     assert [info.step for info in store.steps()] == [1]
     assert not any(key.endswith((".safetensors", ".claim")) for key in keys(f"{bucket}/run/step-00000002"))
+    require_no_uploads(bucket)
     cluster.set_bucket_quota(bucket.removeprefix("s3://"), None)
     commit_one(store, 2, large(40))
     require_equal(store, 2, large(40))

@@ -1,41 +1,23 @@
 """Object stores and other places that fsspec reaches by URL: ``s3://bucket/prefix``, ``memory://name``.
 
-A rank has one upload at a time, in parts, from one buffer; space cannot be reserved, so a full service is met while
-writing. A commit needs a create that exactly one of several writers wins: where we do not know how to ask a service for
-that, the store says `Unsupported` and writes nothing.
+Large files go to S3 in parts (see `multipart`). Space cannot be reserved, so a full service is met while writing. A
+commit needs a create that exactly one of several writers wins: where we do not know how to ask a service for that, the
+store says `Unsupported` and writes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import importlib
 import threading
 import urllib.parse
-from collections.abc import Generator
-from typing import Any, cast
+from typing import Any
 
-from arc_dist.checkpoint_store.backends.base import (
-    Capabilities,
-    Entry,
-    Sink,
-    Source,
-    Unsupported,
-    num_cores,
-    store_error,
-)
-from arc_dist.errors import (
-    ArcError,
-    ConfigError,
-    Fenced,
-    StoreCorrupt,
-    StoreDenied,
-    StoreError,
-    StoreFull,
-    StoreGone,
-    StoreTransient,
-)
+from arc_dist.checkpoint_store.backends.base import Capabilities, Entry, Sink, Source, Unsupported, num_cores
+from arc_dist.checkpoint_store.backends.multipart import Room, S3Sink
+from arc_dist.checkpoint_store.backends.service_errors import NameTakenError, fenced, service_code, translated
+from arc_dist.errors import ConfigError, StoreCorrupt, StoreError, StoreGone
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,15 +27,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}},
     },
 }
-_BLOCK_BYTES = 16 << 20  # parts of a multipart upload; the buffer that one rank needs
-_NO_MULTIPART_BYTES = 4 << 30  # a conditional PUT must be one PUT: completion of a multipart upload may ignore it
-
-_DENIED_CODES = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
-_FULL_CODES = {"QuotaExceeded", "QuotaExceededException", "EntityTooLarge", "507"}
-_GONE_CODES = {"NoSuchBucket", "NoSuchKey", "404"}
-_SHORTER_CODES = {"InvalidRange", "416"}
-_CONFLICT_CODES = {"PreconditionFailed", "412"}
-_BUSY_CODES = {"ConditionalRequestConflict", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "503"}
+_BLOCK_BYTES = 16 << 20  # of one request of a reader
+_ONE_PUT_BYTES = 4 << 30  # a conditional PUT must be one PUT: completion of a multipart upload may ignore it
 
 # memory:// lives in this process, so a lock makes its create exclusive.
 _MEMORY_LOCK = threading.Lock()
@@ -74,6 +49,7 @@ class RemoteBackend:
         self._root = f"{parts.netloc}{parts.path}".strip("/")
         self._filesystem: Any = None
         self._lock = threading.Lock()
+        self._room = Room()
         self.capabilities = Capabilities(
             exclusive_create=self._protocol in ("s3", "memory"),
             atomic_publish=self._protocol in ("s3", "memory"),
@@ -93,7 +69,7 @@ class RemoteBackend:
         """Nothing to do: a directory is there when a file is in it."""
 
     def list(self, path: str) -> list[Entry]:
-        with self._translated("listing", path):
+        with translated("listing", self._name(path)):
             rows = self._fs().ls(self._full(path), detail=True)
         prefix = self._full(path).strip("/")
         entries: list[Entry] = []
@@ -110,10 +86,10 @@ class RemoteBackend:
         if not path and self._protocol == "s3":
             full = full.split("/", 1)[0]  # a prefix without keys is an empty store, not a missing one
         try:
-            with self._translated("looking for", path):
+            with translated("looking for", self._name(path)):
                 self._fs().info(full)
         except StoreGone as error:
-            if _service_code(error.__cause__) == "NoSuchBucket":
+            if service_code(error.__cause__) == "NoSuchBucket":
                 raise
             return False
         return True
@@ -129,7 +105,7 @@ class RemoteBackend:
         return bytes(data)
 
     def open(self, path: str) -> Source:
-        with self._translated("opening", path):
+        with translated("opening", self._name(path)):
             nbytes = int(self._fs().info(self._full(path))["size"])
         return _RemoteSource(self, path, nbytes)
 
@@ -137,17 +113,17 @@ class RemoteBackend:
         return self.create_exclusive(f"{directory}/{name}", data)
 
     def create(self, path: str, nbytes: int, *, exclusive: bool) -> Sink:
-        del nbytes  # object stores reserve nothing
         if exclusive:
             self._require_exclusive_create()
             if self.exists(path):  # said before the upload; what decides is `publish`
-                raise self.fenced(path)
+                raise fenced(self._name(path))
         if self._protocol == "memory":
             return _MemorySink(self, path, exclusive)
-        with self._translated("creating", path):
-            # "x" makes the request that ends the upload conditional.
-            handle = self._fs().open(self._full(path), "xb" if exclusive else "wb", block_size=_BLOCK_BYTES)
-        return _RemoteSink(self, path, handle, exclusive)
+        where = self._name(path)
+        with translated("creating", where):
+            if self._protocol == "s3":
+                return S3Sink(self._fs(), self._full(path), where, nbytes, exclusive=exclusive, room=self._room)
+            return _PlainSink(self, path, self._fs().open(self._full(path), "wb", block_size=_BLOCK_BYTES))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         self._require_exclusive_create()
@@ -157,36 +133,28 @@ class RemoteBackend:
         if self._protocol == "memory":
             guard = _MEMORY_LOCK
         else:
-            options = {"chunksize": _NO_MULTIPART_BYTES}
+            options = {"chunksize": _ONE_PUT_BYTES}
         try:
-            with guard, self._translated("writing", path):
+            with guard, translated("writing", self._name(path)):
                 self._fs().pipe_file(full, data, mode="create", **options)
-        except _NameTakenError:
+        except NameTakenError:
             return False
         return True
 
     def remove(self, path: str) -> None:
         names = (path,) if self._protocol == "memory" else (path, f"{path}.claim")
         for name in names:
-            with contextlib.suppress(StoreGone), self._translated("removing", path):
+            with contextlib.suppress(StoreGone), translated("removing", self._name(path)):
                 self._fs().rm_file(self._full(name))
 
     def replace(self, path: str, data: bytes) -> None:
         """Writes a small file whole, over whatever is there."""
-        with self._translated("writing", path):
+        with translated("writing", self._name(path)):
             self._fs().pipe_file(self._full(path), data)
-
-    def fenced(self, path: str) -> Fenced:
-        """The error of a name that another writer has taken."""
-        return Fenced(
-            f"{self._name(path)} exists already: another process writes this attempt at the step. Two runs must "
-            "not share one run name.",
-            file=path,
-        )
 
     def remove_directory(self, path: str) -> None:
         if self._protocol == "memory":
-            with contextlib.suppress(StoreGone, OSError), self._translated("removing", path):
+            with contextlib.suppress(StoreGone, OSError), translated("removing", self._name(path)):
                 self._fs().rmdir(self._full(path))
 
     def sync_directory(self, path: str) -> None:
@@ -194,7 +162,7 @@ class RemoteBackend:
 
     def fetch(self, path: str, start: int, end: int) -> bytes:
         """The bytes [start, end) of a file; fewer when it is shorter."""
-        with self._translated("reading", path):
+        with translated("reading", self._name(path)):
             return self._fs().cat_file(self._full(path), start=start, end=end)
 
     def _fs(self) -> Any:
@@ -233,85 +201,33 @@ class RemoteBackend:
     def _name(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{path}" if path else self.url
 
-    @contextlib.contextmanager
-    def _translated(self, doing: str, path: str) -> Generator[None]:
-        try:
-            yield
-        except ArcError:
-            raise
-        except FileExistsError as error:
-            raise _NameTakenError from error
-        except Exception as error:  # client libraries raise errors of their own that are no OSError
-            translated = _service_error(error, doing, self._name(path))
-            if translated is None:
-                raise
-            raise translated from error
 
+class _PlainSink:
+    """A file that fsspec writes under its name at once, where nothing exclusive can be promised."""
 
-class _NameTakenError(Exception):
-    """A conditional create was refused."""
-
-
-class _RemoteSink:
-    """One upload. The name appears with the request that ends it.
-
-    Not every service looks at the condition when a multipart upload is completed (radosgw 16 does not), so such an
-    upload first creates an object ``<name>.claim``, conditionally and in one PUT; only its creator completes.
-    """
-
-    def __init__(self, backend: RemoteBackend, path: str, handle: Any, exclusive: bool) -> None:
+    def __init__(self, backend: RemoteBackend, path: str, handle: Any) -> None:
         self._backend = backend
         self._path = path
+        self._where = f"{backend.url}/{path}"
         self._handle = handle
-        self._exclusive = exclusive
-        self._claimed = False
-        self._named = False
-        self._nbytes = 0
 
     def write(self, data: memoryview) -> None:
-        with self._backend._translated("writing", self._path):  # pyright: ignore[reportPrivateUsage]
+        with translated("writing", self._where):
             self._handle.write(data)
-        self._nbytes += len(data)
 
     def publish(self) -> None:
-        if self._exclusive and self._nbytes == 0:
-            self._abandon()  # s3fs ends an empty upload with an unconditional request
-            if not self._backend.create_exclusive(self._path, b""):
-                raise self._backend.fenced(self._path)
-            self._named = True
-            return
-        if self._exclusive and self._nbytes >= _BLOCK_BYTES:
-            self._claimed = self._backend.create_exclusive(f"{self._path}.claim", b"")
-            if not self._claimed or self._backend.exists(self._path):
-                self.discard()
-                raise self._backend.fenced(self._path)
-        try:
-            with self._backend._translated("writing", self._path):  # pyright: ignore[reportPrivateUsage]
-                self._handle.close()
-        except _NameTakenError as error:
-            self.discard()
-            raise self._backend.fenced(self._path) from error
-        self._named = True
+        with translated("writing", self._where):
+            self._handle.close()
 
     def discard(self) -> None:
-        """Ends the upload without completing it. Where a file is visible while written, it is removed."""
-        self._abandon()
-        if self._named or not self._backend.capabilities.atomic_publish:
-            self._remove(self._path)
-        if self._claimed:
-            self._remove(f"{self._path}.claim")
-
-    def _abandon(self) -> None:
         with contextlib.suppress(Exception):  # the error that led here is the one to tell
             if hasattr(self._handle, "discard"):
                 self._handle.discard()
         # fsspec's finaliser would otherwise close, and so complete, the upload. Plain file objects have none.
         with contextlib.suppress(AttributeError):
             self._handle.closed = True
-
-    def _remove(self, path: str) -> None:
         with contextlib.suppress(StoreError):  # as above
-            self._backend.remove(path)
+            self._backend.remove(self._path)
 
 
 class _MemorySink:
@@ -331,7 +247,7 @@ class _MemorySink:
         if not self._exclusive:
             self._backend.replace(self._path, bytes(self._data))
         elif not self._backend.create_exclusive(self._path, bytes(self._data)):
-            raise self._backend.fenced(self._path)
+            raise fenced(f"{self._backend.url}/{self._path}")
         self._named = True
 
     def discard(self) -> None:
@@ -366,45 +282,3 @@ class _RemoteSource:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-
-def _service_code(error: BaseException | None) -> str:
-    """The service's own error code (``"NoSuchBucket"``), looked for along the chain of causes; '' without one."""
-    for _ in range(8):
-        if error is None:
-            break
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return str(cast("dict[str, Any]", response).get("Error", {}).get("Code", ""))
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _service_error(error: Exception, doing: str, where: str) -> Exception | None:
-    """Our error for a client library's. Only codes are quoted: its text may hold more than one wants in a log."""
-    code = _service_code(error)
-    fields: dict[str, object] = {"file": where, "code": code}
-    if code in _CONFLICT_CODES:
-        return _NameTakenError(where)
-    if code in _FULL_CODES:
-        return StoreFull(f"{doing} {where}: {code}. Raise the quota, or choose another store.", **fields)
-    if code in _DENIED_CODES or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        return StoreDenied(
-            f"{doing} {where}: {code or 'no credentials found'}. Check the credentials and the rights of this user.",
-            **fields,
-        )
-    if code in _SHORTER_CODES:
-        return StoreCorrupt(
-            f"{doing} {where}: shorter than it was. Restore it from a copy, or an older step.", **fields
-        )
-    if code in _GONE_CODES:
-        return StoreGone(f"{doing} {where}: {code}. Create the bucket, or correct the URL.", **fields)
-    if code in _BUSY_CODES:
-        return StoreTransient(f"{doing} {where}: {code}. It may succeed when tried again.", **fields)
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return store_error(error, doing, where)
-    if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "fsspec", "asyncio"):
-        return StoreTransient(f"{doing} {where}: {type(error).__name__}. It may succeed when tried again.", **fields)
-    if isinstance(error, OSError):
-        return StoreError(f"{doing} {where}: {code or 'invalid argument'}. Look at the service's own log.", **fields)
-    return None
