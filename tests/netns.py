@@ -15,6 +15,7 @@ comes first).
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -46,12 +47,11 @@ class Network:
     """`num_hosts` hosts, numbered from 0, on a bridge; all is gone at the end of the `with` statement."""
 
     def __init__(self, num_hosts: int) -> None:
-        self._tag = f"{os.getpid() % 100_000}"
+        self._tag = secrets.token_hex(3)  # a namespace's interfaces may outlive it for a moment
         self._bridge = f"ab{self._tag}"
         self._hosts = range(num_hosts)
 
     def __enter__(self) -> Network:
-        self._remove()
         try:
             _run("ip", "link", "add", self._bridge, "type", "bridge")
             _run("ip", "link", "set", self._bridge, "up")
@@ -66,7 +66,7 @@ class Network:
         self._remove()
 
     def _add(self, host: int) -> None:
-        name, outer = self.name(host), f"av{self._tag}{host}"
+        name, outer = self.name(host), self._outer(host)
         _run("ip", "netns", "add", name)
         _run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name)
         _run("ip", "link", "set", outer, "master", self._bridge, "up")
@@ -76,8 +76,12 @@ class Network:
 
     def _remove(self) -> None:
         for host in self._hosts:
-            subprocess.run(["ip", "netns", "del", self.name(host)], capture_output=True)  # none yet, or gone
+            subprocess.run(["ip", "link", "del", self._outer(host)], capture_output=True)  # none yet, or gone
+            subprocess.run(["ip", "netns", "del", self.name(host)], capture_output=True)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
+
+    def _outer(self, host: int) -> str:
+        return f"av{self._tag}{host}"
 
     def name(self, host: int) -> str:
         return f"arc{self._tag}h{host}"

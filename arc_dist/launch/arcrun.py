@@ -55,6 +55,15 @@ def run(argv: Sequence[str]) -> int:
     reports = owned.path / "endings"
     reports.mkdir()
     os.environ[endings.VARIABLE] = str(reports)
+
+    def end(reason: str) -> None:
+        """From a thread; supervisors, and with them all that they have started, end with this process."""
+        print(f"[arc] {reason}: its host is lost, or this one is cut off", file=sys.stderr)
+        _say(int(ExitCode.INFRASTRUCTURE))
+        owned.close()
+        os._exit(int(ExitCode.INFRASTRUCTURE))
+
+    nodes.watch_rendezvous(arguments, env.host_timeout_s, end)
     try:
         torchrun.run(arguments)
         return int(ExitCode.SUCCESS)

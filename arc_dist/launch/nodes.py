@@ -6,8 +6,16 @@ import argparse
 import math
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
+
+from arc_dist.protocol.pulse import AwakeClock
+from arc_dist.supervisor.pulse import reaches
 
 _DEFAULT_PORT = 29400  # torchrun's, of its c10d rendezvous
+_LEAST_RENDEZVOUS_LIMIT_S = 60.0  # torchrun's own, where it has one
+_PROBE_EVERY_S = 1.0
 _BEATS = 5  # so many missed ones in a row are no chance
 
 
@@ -35,6 +43,33 @@ def arrange(arguments: argparse.Namespace, host_timeout_s: float) -> bool:
     return True
 
 
+def watch_rendezvous(arguments: argparse.Namespace, host_timeout_s: float, end: Callable[[str], None]) -> None:
+    """Starts a thread that calls `end`, with the reason, when the rendezvous was in reach and is not any more.
+
+    torchrun's agent (2.13) asks the rendezvous without a time-out. When its host is gone without a word, the agent
+    waits until TCP gives up, which takes a quarter of an hour, long after its workers have ended.
+    """
+    if arguments.rdzv_backend != "c10d" or not arguments.rdzv_endpoint or not host_timeout_s:
+        return
+    limit_s = max(_LEAST_RENDEZVOUS_LIMIT_S, 2 * host_timeout_s)
+    endpoint = _address(arguments.rdzv_endpoint)
+
+    def watch() -> None:
+        clock = AwakeClock(limit_s)
+        reached_s: float | None = None
+        while True:
+            is_reached = reaches(endpoint)
+            now_s = clock.look(time.monotonic())
+            if is_reached:
+                reached_s = now_s
+            elif reached_s is not None and now_s - reached_s > limit_s:
+                end(f"the rendezvous at {endpoint} has been out of reach for {now_s - reached_s:.0f} s")
+                return
+            time.sleep(_PROBE_EVERY_S)
+
+    threading.Thread(target=watch, name="arc-rendezvous", daemon=True).start()
+
+
 def _keep_alive(arguments: argparse.Namespace, host_timeout_s: float) -> None:
     """Lets the rendezvous leave a node out soon after the node itself has ended its training processes, never before.
 
@@ -51,9 +86,11 @@ def _keep_alive(arguments: argparse.Namespace, host_timeout_s: float) -> None:
 
 def _let_shrink(arguments: argparse.Namespace, min_nodes: int) -> None:
     """Tells the supervisors what they need to go on with fewer nodes by themselves: see `arc_dist.protocol.pulse`."""
-    endpoint: str = arguments.rdzv_endpoint
-    host, colon, port = endpoint.rpartition(":")
-    if not (colon and port.isdigit()):
-        host, port = endpoint, str(_DEFAULT_PORT)
     os.environ["ARC_MIN_NODES"] = str(min_nodes)
-    os.environ["ARC_RENDEZVOUS"] = f"{host}:{port}"
+    os.environ["ARC_RENDEZVOUS"] = _address(arguments.rdzv_endpoint)
+
+
+def _address(endpoint: str) -> str:
+    """With the port that torchrun takes when there is none."""
+    _, colon, port = endpoint.rpartition(":")
+    return endpoint if colon and port.isdigit() else f"{endpoint}:{_DEFAULT_PORT}"

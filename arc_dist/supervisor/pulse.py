@@ -97,6 +97,17 @@ class Pulse:
                 heard_s = clock.look(time.monotonic())
 
 
+def reaches(endpoint: str) -> bool:
+    """Whether something listens at ``host:port``; blocks for two seconds at most."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        logger.debug("%s is not reached: %s", endpoint, error)
+        return False
+    return True
+
+
 class RendezvousLease:
     """Whether the launcher's rendezvous was in reach all the time: see `protocol.pulse`.
 
@@ -106,9 +117,7 @@ class RendezvousLease:
     """
 
     def __init__(self, endpoint: str, timeout_s: float) -> None:
-        host, _, port = endpoint.rpartition(":")
         self._endpoint = endpoint
-        self._address = (host.strip("[]"), int(port))
         self._timeout_s = timeout_s
         self._reached_at = time.monotonic()
         self._problem = ""
@@ -117,13 +126,10 @@ class RendezvousLease:
         """Tries to reach it; blocks for two seconds at most."""
         began_at = time.monotonic()
         self._judge(began_at)
-        try:
-            socket.create_connection(self._address, timeout=_PROBE_TIMEOUT_S).close()
-        except OSError as error:
-            logger.debug("the rendezvous at %s is not reached: %s", self._endpoint, error)
-            self._judge(time.monotonic())
-        else:
+        if reaches(self._endpoint):
             self._reached_at = began_at
+        else:
+            self._judge(time.monotonic())
 
     def _judge(self, now: float) -> None:
         if now - self._reached_at >= self._timeout_s:
