@@ -245,16 +245,19 @@ def test_a_short_cut_costs_no_more_than_its_time(tmp_path, lost):
 
 
 @pytest.mark.soak
-def test_the_host_of_the_rendezvous_is_cut_off(tmp_path):
-    """Nobody goes on: the two cannot meet without it, and it is too few by itself."""
+@pytest.mark.parametrize(("nnodes", "worlds"), [("2:3", [3]), ("1:3", [3, 1])], ids=["too-few", "alone"])
+def test_the_host_of_the_rendezvous_is_cut_off(tmp_path, nnodes, worlds):
+    """The two cannot meet without it; it goes on by itself only where one node is enough."""
     plan = plan_of("ddp")
-    with cluster(tmp_path, plan, nnodes="2:3") as made:
+    with cluster(tmp_path, plan, nnodes=nnodes) as made:
         made.start_all()
         made.network.cut(0)
         ends = [made.jobs[host].wait(WAIT_S) for host in (1, 2)]
         assert [end.exit_code for end in ends] == [76, 76], ends
         assert all("cut off" in end.stderr for end in ends), ends
         made.jobs[0].wait_for(lambda: "its host is lost" in made.jobs[0].stderr(), WAIT_S, "the loss to be noticed")
+        if len(worlds) > 1:
+            made.await_steps(0, ranks=worlds[-1])
         made.end((0,))
-        assert sizes(check_never_two(made)) == [3]
+        assert sizes(check_never_two(made)) == worlds
         check_samples(made, plan)
