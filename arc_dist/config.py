@@ -37,6 +37,9 @@ class Env:
     hang_deadline_s: float | None = None  # ARC_HANG_DEADLINE_S, for users: the default of Arc(hang_deadline_s=...)
     grace_s: float = 30.0  # ARC_GRACE_S, for users: from a preemption notice to the end of all processes
     preempt_signals: tuple[int, ...] = (int(signal.SIGTERM),)  # ARC_PREEMPT_SIGNALS, for users: which are notices
+    host_timeout_s: float = 15.0  # ARC_HOST_TIMEOUT_S, for users: silence after which a host is lost; 0 loses none
+    min_nodes: int = 0  # ARC_MIN_NODES: the fewest nodes that the launcher allows; set by arcrun
+    rendezvous: str | None = None  # ARC_RENDEZVOUS: host:port where the launcher's agents meet; set by arcrun
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     tls_cert: Path | None = None  # ARC_TLS_CERT, for users: the certificate that the coordinator shows, PEM
     tls_key: Path | None = None  # ARC_TLS_KEY, for users: its key, PEM, without a passphrase
@@ -78,6 +81,9 @@ class Env:
             hang_deadline_s=_seconds(env, "ARC_HANG_DEADLINE_S"),
             grace_s=_grace(env),
             preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
+            host_timeout_s=_host_timeout(env),
+            min_nodes=_integer(env, "ARC_MIN_NODES", 0),
+            rendezvous=env.get("ARC_RENDEZVOUS") or None,
             preempt_file=_path(env, "ARC_PREEMPT_FILE"),
             tls_cert=_path(env, "ARC_TLS_CERT"),
             tls_key=_path(env, "ARC_TLS_KEY"),
@@ -126,6 +132,18 @@ def _grace(env: Mapping[str, str]) -> float:
     return Env.grace_s if seconds is None else seconds
 
 
+def _host_timeout(env: Mapping[str, str]) -> float:
+    seconds = _seconds(env, "ARC_HOST_TIMEOUT_S")
+    if seconds is not None and 0 < seconds < _LEAST_HOST_TIMEOUT_S:
+        raise ConfigError(
+            f"ARC_HOST_TIMEOUT_S={seconds:g} would take a moment of a busy host for its loss. Set "
+            f"{_LEAST_HOST_TIMEOUT_S:g} or more, or 0 for no limit.",
+            variable="ARC_HOST_TIMEOUT_S",
+        )
+    return Env.host_timeout_s if seconds is None else seconds
+
+
+_LEAST_HOST_TIMEOUT_S = 2.0
 _NOTICE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")  # handed on by supervisors, and not sent by people
 
 

@@ -17,7 +17,7 @@ from elastic_job import SCRIPT, Plan, skipped_turns, timeline
 from ranks import Job, run_job
 
 # A node that joins must cost no restart of an agent, so the one that there is is left for the node that is lost.
-WAIT_S = 240.0  # a lost node costs a minute of waiting for its supervisor, and then torchrun's own rendezvous
+WAIT_S = 240.0  # a lost node of rank 0 costs its time-out, and then torchrun's own rendezvous
 
 
 def free_port() -> int:

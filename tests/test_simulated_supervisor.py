@@ -16,6 +16,7 @@ import pytest
 from arc_dist.errors import ArcError, CoordinatorUnavailable
 from arc_dist.supervisor import wire
 from arc_dist.supervisor.supervisor import Setup, Supervisor
+from arc_dist.supervisor.trainers import Trainers
 from arc_dist.supervisor.zygote import ZygoteProcess
 from arc_dist.testing import supervisors
 from arc_dist.testing.network import Network, Request
@@ -176,8 +177,9 @@ def real(scene: Scene, tmp_path: Path) -> tuple[Heard, int]:
         preempt_signals=(15,),
         is_guarded=True,
     )
+    events: queue.SimpleQueue = queue.SimpleQueue()
     try:
-        ending = Supervisor(setup, RealClient(heard), zygote.process, queue.SimpleQueue()).run(0)
+        ending = Supervisor(setup, RealClient(heard), Trainers(0, tmp_path, zygote.process, events), events).run(0)
     finally:
         zygote.ours.close()
     return heard, ending.returncode

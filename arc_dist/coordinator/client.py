@@ -204,6 +204,10 @@ class Methods:
         """The rank's host was told to go."""
         return self.call("preempt", {"rank": rank})
 
+    def pulse(self, rank: int, node: int, leaving: bool = False) -> _Json:
+        """The rank's supervisor lives, on that node; or ends as it should."""
+        return self.call("pulse", {"rank": rank, "node": node, "leaving": leaving})
+
     def watched(self, rank: int, generation: int, report: Mapping[str, Any]) -> _Json:
         """Where a rank is, and what it has spent; see `coordinator.hangs` for the answer."""
         return self.call("watched", {"rank": rank, "generation": generation, "report": dict(report)})

@@ -18,6 +18,7 @@ from typing import Any
 from arc_dist.coordinator import view
 from arc_dist.coordinator.board import Board, Reading
 from arc_dist.coordinator.hangs import HangDesk
+from arc_dist.coordinator.hosts import HostDesk
 from arc_dist.coordinator.journal import Journal
 from arc_dist.coordinator.records import (
     INCIDENTS_NAME,
@@ -57,16 +58,17 @@ from arc_dist.protocol.events import (
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
 from arc_dist.protocol.pick import Committed, Inventory, Poison
+from arc_dist.protocol.pulse import PulseRules
 
 logger = logging.getLogger("arc_dist.coordinator")
 
 JOURNAL_NAME = "journal.log"
 _METHODS = (
-    *("join", "ready", "died", "finished", "directive", "preempt", "watched"),  # supervisors
+    *("join", "ready", "died", "finished", "directive", "preempt", "watched", "pulse"),  # supervisors
     *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
     *("incident", "report", "status"),  # what people read
 )
-_LOCKLESS = frozenset({"incident", "report", "status"})  # nothing is decided by them, and nobody may wait for them
+_LOCKLESS = frozenset({"incident", "report", "status", "pulse"})  # nobody may wait for them
 _MAX_HOLDINGS = 64
 _MAX_LISTED = 100_000
 _MAX_QUIET_S = 1e9
@@ -87,6 +89,7 @@ class Coordinator:
         commit: writes manifests; default: the checkpoint store's.
         starting_timeout_s: see `protocol.job.JobConfig`.
         ending_timeout_s: see `protocol.job.JobConfig`.
+        hosts: finds supervisors that are lost; None finds none.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Coordinator:
         commit: CommitPort = default_commit,
         starting_timeout_s: float = 600.0,
         ending_timeout_s: float = 60.0,
+        hosts: HostDesk | None = None,
     ) -> None:
         self._config = JobConfig(
             world_size=world_size,
@@ -131,6 +135,7 @@ class Coordinator:
             changed=self._changed,
             clock=clock,
         )
+        self._hosts = hosts or HostDesk(world_size, PulseRules(), clock)
         self._hangs = HangDesk(world_size, run_dir, clock, self._note)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
@@ -266,6 +271,15 @@ class Coordinator:
     def _watched(self, fields: Fields) -> dict[str, Any]:
         return self._hangs.take(self._rank(fields), fields, self._job)
 
+    def _pulse(self, fields: Fields) -> dict[str, Any]:
+        self._check_sender(fields)
+        is_leaving = fields.boolean("leaving", default=False)
+        vanished = self._hosts.hear(self._rank(fields), fields.integer("node"), is_leaving=is_leaving)
+        if vanished is not None:
+            with self._changed:
+                self._apply(vanished)
+        return self._where()
+
     def _directive(self, fields: Fields) -> dict[str, Any]:
         """Long poll. `after` is the kind of order that the asker already follows; another one is an answer."""
         rank, generation = self._rank(fields), fields.integer("generation")
@@ -303,6 +317,7 @@ class Coordinator:
         if told.order is Order.STOP and self._job.stop is not None:
             stop = self._job.stop
             answer |= {"exit_code": stop.exit_code, "blame_rank": stop.blame_rank, "traceback": stop.traceback}
+            answer["survivors"] = [list(survivor) for survivor in stop.survivors]
         return answer
 
     # ---- checkpoints
@@ -465,12 +480,12 @@ class Coordinator:
         stop = action.stop
         logger.info("job %s stops with exit code %d: %s", self.job_id, stop.exit_code, stop.reason)
         line = {
-            "kind": "job_stopped",
+            "kind": "world_shrinks" if stop.survivors else "job_stopped",
             "generation": action.generation,
             "ranks": [] if stop.blame_rank is None else [stop.blame_rank],
             "cause": stop.reason,
             "exit_code": stop.exit_code,
-            "action": "stop",
+            "action": "shrink" if stop.survivors else "stop",
         }
         self._note(line)
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from arc_dist.config import Env
 from arc_dist.errors import ConfigError, ExitCode
-from arc_dist.launch import endings
+from arc_dist.launch import endings, nodes
 from arc_dist.launch.options import add_settings, settings_to_arguments
 from arc_dist.snapshot.directory import OwnedDirectory
 
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: Sequence[str]) -> int:
     """Runs a job on this node and returns its exit code (errors.ExitCode, or the script's own)."""
-    arguments = _parse(argv)
-    if not _may_change_size(arguments.nnodes):
+    arguments, env = _parse(argv)
+    if not nodes.arrange(arguments, env.host_timeout_s):
         return int(ExitCode.CONFIGURATION)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -55,6 +55,15 @@ def run(argv: Sequence[str]) -> int:
     reports = owned.path / "endings"
     reports.mkdir()
     os.environ[endings.VARIABLE] = str(reports)
+
+    def end(reason: str) -> None:
+        """From a thread; supervisors, and with them all that they have started, end with this process."""
+        print(f"[arc] {reason}: its host is lost, or this one is cut off", file=sys.stderr)
+        _say(int(ExitCode.INFRASTRUCTURE))
+        owned.close()
+        os._exit(int(ExitCode.INFRASTRUCTURE))
+
+    nodes.watch_rendezvous(arguments, env.host_timeout_s, end)
     try:
         torchrun.run(arguments)
         return int(ExitCode.SUCCESS)
@@ -81,21 +90,7 @@ def run(argv: Sequence[str]) -> int:
         owned.close()
 
 
-def _may_change_size(nnodes: str) -> bool:
-    """Prepares for nodes that come and go (``--nnodes=min:max``). False when that is no range, which is said."""
-    fewest, _, most = nnodes.partition(":")
-    most = most or fewest
-    if not (fewest.isdigit() and most.isdigit() and 0 < int(fewest) <= int(most)):
-        print(f"arcrun: --nnodes={nnodes} is neither a number nor MIN:MAX with 0 < MIN <= MAX.", file=sys.stderr)
-        return False
-    if fewest != most:
-        # Else torchrun (2.13) lets ranks meet in a store that it made in its first round; a node that joins later does
-        # not know it and waits for another one, for ever.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    return True
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Env]:
     if any(argument in ("-h", "--help") for argument in _options_only(argv)):
         _parser().print_help()
         sys.exit(0)
@@ -107,23 +102,32 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.no_python or arguments.run_path:
         print("arcrun: --no-python and --run-path cannot be guarded. Use torchrun for them.", file=sys.stderr)
         sys.exit(int(ExitCode.CONFIGURATION))
-    _fit_to_grace(arguments)
+    env = _environment(arguments)
+    _fit_to_grace(arguments, env)
     ours = settings_to_arguments(arguments, _PREFIX)
     module = ["-m"] if arguments.module else []
     arguments.training_script_args = [*ours, *module, arguments.training_script, *arguments.training_script_args]
     arguments.training_script = "arc_dist"
     arguments.module = True
-    return arguments
+    return arguments, env
 
 
-def _fit_to_grace(arguments: argparse.Namespace) -> None:
-    """Lets torchrun hear the same notices, and wait as long as the grace period before it kills."""
-    named = {"ARC_GRACE_S": arguments.arc_grace_s, "ARC_PREEMPT_SIGNALS": arguments.arc_preempt_signals}
+def _environment(arguments: argparse.Namespace) -> Env:
+    """What the supervisors will read, as far as it concerns torchrun too."""
+    named = {
+        "ARC_GRACE_S": arguments.arc_grace_s,
+        "ARC_PREEMPT_SIGNALS": arguments.arc_preempt_signals,
+        "ARC_HOST_TIMEOUT_S": arguments.arc_host_timeout_s,
+    }
     try:
-        env = Env.read({**os.environ, **{name: value for name, value in named.items() if value is not None}})
+        return Env.read({**os.environ, **{name: value for name, value in named.items() if value is not None}})
     except ConfigError as error:
         print(f"arcrun: {error}", file=sys.stderr)
         sys.exit(int(ExitCode.CONFIGURATION))
+
+
+def _fit_to_grace(arguments: argparse.Namespace, env: Env) -> None:
+    """Lets torchrun hear the same notices, and wait as long as the grace period before it kills."""
     if arguments.shutdown_timeout is None and _TORCHRUN_VARIABLE not in os.environ:
         arguments.shutdown_timeout = max(_TORCHRUN_SHUTDOWN_S, math.ceil(env.grace_s))
     heard = arguments.signals_to_handle.split(",")

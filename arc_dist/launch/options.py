@@ -28,7 +28,16 @@ exit codes:
 torch is imported before the script runs, so that a restart need not do it again: environment variables that torch
 reads at import must be set before the job starts, or use --no-preload.
 """
-_VALUES = ("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file")
+_VALUES = (
+    "store",
+    "run-dir",
+    "shm-root",
+    "max-restarts",
+    "grace-s",
+    "preempt-signals",
+    "preempt-file",
+    "host-timeout-s",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,11 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         f"--{prefix}preempt-file",
         metavar="FILE",
         help="a file whose appearance is a preemption notice [ARC_PREEMPT_FILE]",
+    )
+    add(
+        f"--{prefix}host-timeout-s",
+        metavar="S",
+        help="silence after which a host is lost, default 15; 0 for never [ARC_HOST_TIMEOUT_S]",
     )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(
@@ -135,6 +149,7 @@ def parse(arguments: Sequence[str]) -> Options:
             "ARC_GRACE_S": known.grace_s,
             "ARC_PREEMPT_SIGNALS": known.preempt_signals,
             "ARC_PREEMPT_FILE": known.preempt_file and os.path.abspath(known.preempt_file),
+            "ARC_HOST_TIMEOUT_S": known.host_timeout_s,
             "ARC_LOG_LEVEL": known.log_level,
         }.items()
         if value is not None

@@ -11,6 +11,7 @@ import dataclasses
 from arc_dist.protocol.budgets import Death, Judgement
 from arc_dist.protocol.job import Member, Stop
 from arc_dist.protocol.pick import Committed, Inventory, Plan, Poison
+from arc_dist.protocol.pulse import Survivors
 
 # ---- events: what is heard -------------------------------------------------------------------------------------------
 
@@ -108,6 +109,23 @@ class Settled:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Vanished:
+    """Supervisors were not heard for too long, or this side must not go on by itself (no ranks).
+
+    Attributes:
+        ranks: whose supervisors are lost.
+        reason: for people.
+        survivors: (rank, node) of those that may go on as a smaller world; empty when nobody may.
+        is_replaceable: the launcher may start the lost ones again by itself.
+    """
+
+    ranks: tuple[int, ...]
+    reason: str
+    survivors: Survivors = ()
+    is_replaceable: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
     """Time has passed."""
 
@@ -124,6 +142,7 @@ Event = (
     | Listed
     | Committing
     | Settled
+    | Vanished
     | Tick
 )
 

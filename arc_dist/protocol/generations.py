@@ -37,6 +37,9 @@ stops: as preempted when nothing is lost, else as a fault of the infrastructure.
 it. In RUNNING that begins the end of the generation; in ENDING it takes the place of a death that says no more. Either
 way a notice of preemption is over: it meant those that are gone.
 
+**Lost hosts.** Supervisors that are not heard any more (`protocol.pulse`) end the job for all, in any phase: those that
+are left go on as a smaller world, which is another job, or end so that the launcher brings them together again.
+
 **Bounds.** STARTING and ENDING have deadlines, since a supervisor may be gone with its host; RUNNING has none, because
 a job may take as long as it takes. A generation waits at most `commit_wait_s` for a checkpoint that is being committed
 and would be newer than what it would restore otherwise.
@@ -74,6 +77,7 @@ from arc_dist.protocol.events import (
     Settled,
     StateMatters,
     Tick,
+    Vanished,
     WentBack,
 )
 from arc_dist.protocol.job import Job, JobConfig, Phase, Stop
@@ -259,6 +263,20 @@ def _tick(config: JobConfig, job: Job, event: Tick, now_s: float) -> _Answer:
     return _over(job, stop, now_s)
 
 
+def _vanished(config: JobConfig, job: Job, event: Vanished, now_s: float) -> _Answer:
+    if event.is_replaceable:
+        if job.phase is not Phase.RUNNING or not event.ranks:
+            return job, "waiting for another supervisor", ()
+        return _begin_end(job, Death(rank=event.ranks[0], cause=Cause(kind=CauseKind.LOST)), now_s)
+    # Nobody comes in their place in this world. What memory holds of a job that was told to go cannot be whole.
+    survivors = () if job.preempted else event.survivors
+    blamed = event.ranks[0] if event.ranks else None
+    stop = Stop(
+        exit_code=ExitCode.INFRASTRUCTURE, reason=event.reason, blame_rank=blamed, lost=event.ranks, survivors=survivors
+    )
+    return _over(job, stop, now_s)
+
+
 def _ignored(config: JobConfig, job: Job, event: Event, now_s: float) -> _Answer:
     return job, f"nothing to do in {job.phase.value}", ()
 
@@ -281,6 +299,7 @@ _TABLE: dict[type[Any], dict[Phase, Callable[[JobConfig, Job, Any, float], _Answ
     Listed: dict.fromkeys(_ALIVE, _listed),
     Committing: dict.fromkeys((*_ALIVE, *_OVER), _committing),
     Settled: dict.fromkeys((*_ALIVE, *_OVER), _settled),
+    Vanished: dict.fromkeys(_ALIVE, _vanished),
     Tick: {Phase.STARTING: _tick, Phase.RUNNING: _ignored, Phase.ENDING: _tick},
 }
 

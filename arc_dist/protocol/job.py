@@ -13,6 +13,7 @@ from typing import Any
 from arc_dist.protocol.budgets import BudgetPolicy, Cause, Death, Ledger
 from arc_dist.protocol.hosts import Blamed
 from arc_dist.protocol.pick import Inventory, Known, Plan, Poison, Restored
+from arc_dist.protocol.pulse import Survivors
 
 
 class Phase(enum.Enum):
@@ -73,12 +74,16 @@ class Stop:
         reason: for people.
         blame_rank: the rank that failed first, where one did.
         traceback: of the exception that it failed with, where it was one.
+        lost: ranks whose supervisors are lost, when that is why.
+        survivors: (rank, node) of those that go on as a smaller world without them.
     """
 
     exit_code: int
     reason: str
     blame_rank: int | None = None
     traceback: str = ""
+    lost: tuple[int, ...] = ()
+    survivors: Survivors = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,13 @@ class CoordinatorFound:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutOff:
+    """The coordinator was not reached for so long that this rank counts as lost."""
+
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Signalled:
     """A signal reached the supervisor."""
 
@@ -102,6 +109,7 @@ Event = (
     | Directed
     | CoordinatorLost
     | CoordinatorFound
+    | CutOff
     | Signalled
     | Condemned
     | Noticed

@@ -16,15 +16,18 @@ from typing import Any
 from arc_dist.config import Env, default_run_dir
 from arc_dist.coordinator.client import CoordinatorClient, LocalClient
 from arc_dist.coordinator.endpoint import Endpoint
+from arc_dist.coordinator.hosts import HostDesk
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.tls import Certificate
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, ExitCode
 from arc_dist.preemption.file import NoticeFile, seconds_since_1970
+from arc_dist.protocol.pulse import PulseRules
 from arc_dist.snapshot.directory import OwnedDirectory
 from arc_dist.supervisor import process, zygote
-from arc_dist.supervisor.events import Event, Events, Noticed, Signalled
+from arc_dist.supervisor.events import Event, Events, Noticed, Signalled, ZygoteLost, ZygoteSaid
 from arc_dist.supervisor.membership import Membership
+from arc_dist.supervisor.pulse import Pulse, RendezvousLease
 from arc_dist.supervisor.rendezvous import (
     CoordinatorAddress,
     GenerationStores,
@@ -34,9 +37,11 @@ from arc_dist.supervisor.rendezvous import (
 )
 from arc_dist.supervisor.reporter import StepReporter
 from arc_dist.supervisor.supervisor import Client, Ending, Setup, Supervisor
+from arc_dist.supervisor.trainers import Trainers
 from arc_dist.telemetry.log import set_up_logging
 
 _JOIN_LIMIT_S = 600.0  # ranks of a large job may take minutes to import torch from a shared file system
+_REJOIN_LIMIT_S = 60.0  # in a smaller world, whose supervisors run already
 _JOIN_RETRY_S = 0.05
 _ANNOUNCEMENT_GRACE_S = 2.0
 _CLIENT_TIMEOUT_S = 5.0
@@ -58,38 +63,83 @@ def supervise(
     Raises:
         ArcError: the job cannot start or go on; the message is for the user.
     """
-    set_up_logging(level=env.log_level, rank=membership.rank, world_size=membership.world_size)
-    if env.log_level != "debug":
-        # The supervisors of the ranks concerned say the same, with times.
-        logging.getLogger("arc_dist.coordinator").setLevel(logging.WARNING)
     process.adopt_orphans()
     with contextlib.ExitStack() as stack:
-        directory = _own_directory(env.shm_root, f"{env.job_id}-r{membership.rank}")
-        stack.callback(directory.close)
         meeting = Meeting(membership) if membership.store_host is not None else None
-        if membership.rank == 0:
-            address, client, server = _host_coordinator(stack, env, membership, directory.path)
-            if meeting is not None:
-                meeting.announce(address)
-            answer = _join(client, membership, str(directory.path))
-        else:
-            assert meeting is not None  # Membership.read refuses a rank above 0 without one
-            server = None
-            address, client, answer = _find_coordinator(env, membership, meeting, str(directory.path))
         stores = None
         if membership.rank == 0 and membership.store_host is not None:
             stores = GenerationStores(advertised_host(membership)[0])
         events: Events[Event] = queue.SimpleQueue()
-        stack.enter_context(_signals_as_events(events))
+        trainers: Trainers | None = None
+        while True:
+            set_up_logging(level=env.log_level, rank=membership.rank, world_size=membership.world_size)
+            if env.log_level != "debug":
+                # The supervisors of the ranks concerned say the same, with times.
+                logging.getLogger("arc_dist.coordinator").setLevel(logging.WARNING)
+            with _World(env, membership, meeting) as world:
+                if trainers is None:
+                    trainers = Trainers(membership.rank, world.shm_dir, zygote_process, events)
+                    stack.enter_context(_signals_as_events(events))
+                    if env.preempt_file is not None:
+                        stack.callback(_watch_notice_file(env.preempt_file, membership, events).close)
+                else:
+                    _forget_old_world(events)
+                    trainers.move(membership.rank, world.shm_dir)
+                ending = world.run(trainers, events, stores, is_guarded=is_guarded)
+            if not ending.survivors:
+                return ending
+            membership = membership.among(ending.survivors)
+
+
+class _World:
+    """One world of ranks, as long as it lasts: the rank's directory, the coordinator, this rank's place in it."""
+
+    def __init__(self, env: Env, membership: Membership, meeting: Meeting | None) -> None:
+        self._env = env
+        self._membership = membership
+        self._meeting = meeting
+        self._server: CoordinatorServer | None = None
+        self._coordinator: Coordinator | None = None
+        self._lease: RendezvousLease | None = None
+
+    def __enter__(self) -> _World:
+        env, membership = self._env, self._membership
+        with contextlib.ExitStack() as stack:
+            directory = _own_directory(env.shm_root, f"{env.job_id}-r{membership.rank}")
+            stack.callback(directory.close)
+            self.shm_dir = directory.path
+            if membership.rank == 0:
+                self._lease = _lease(env)
+                self._address, self._client, self._server = self._host_coordinator(stack)
+                if self._meeting is not None:
+                    self._meeting.announce(self._address, shrinks=membership.shrinks)
+                answer = _join(self._client, membership, str(self.shm_dir))
+            else:
+                assert self._meeting is not None  # Membership.read refuses a rank above 0 without one
+                found = _find_coordinator(env, membership, self._meeting, str(self.shm_dir))
+                self._address, self._client, answer = found
+            self._generation = int(answer["generation"])
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def run(
+        self, trainers: Trainers, events: Events[Event], stores: GenerationStores | None, *, is_guarded: bool
+    ) -> Ending:
+        """Runs this rank until the world is over; see `Supervisor.run`."""
+        env, membership = self._env, self._membership
         setup = Setup(
             rank=membership.rank,
             host=host_identity(),
-            shm_dir=directory.path,
+            shm_dir=self.shm_dir,
             environ={
-                "ARC_COORDINATOR": address.url,
-                "ARC_TOKEN": address.token,
-                "ARC_JOB_ID": address.job_id,
-                "ARC_RUN_DIR": address.run_dir,
+                **membership.environ,
+                "ARC_COORDINATOR": self._address.url,
+                "ARC_TOKEN": self._address.token,
+                "ARC_JOB_ID": self._address.job_id,
+                "ARC_RUN_DIR": self._address.run_dir,
             },
             store_for=stores.prepare if stores is not None else None,
             generation_began=stores.retire if stores is not None else lambda generation: None,
@@ -98,22 +148,96 @@ def supervise(
             preempt_signals=env.preempt_signals,
             is_guarded=is_guarded,
         )
-        if env.preempt_file is not None:
-            stack.callback(_watch_notice_file(env.preempt_file, membership, events).close)
-        supervisor = Supervisor(setup, client, zygote_process, events)
-        reporter = StepReporter(membership.rank, membership.world_size, directory.path, client)
-        stack.callback(reporter.close)
+        supervisor = Supervisor(setup, self._client, trainers, events)
+        reporter = StepReporter(membership.rank, membership.world_size, self.shm_dir, self._client)
+        self._stack.callback(reporter.close)
+        pulse = Pulse(
+            rank=membership.rank,
+            node=membership.node,
+            world_size=membership.world_size,
+            client=self._client,
+            timeout_s=env.host_timeout_s,
+            events=events,
+            lease=self._lease,
+        )
+        is_over = False
         try:
-            ending = supervisor.run(int(answer["generation"]))
+            ending = supervisor.run(self._generation)
+            is_over = True
         finally:
             supervisor.close()
-            if meeting is not None and server is None:
-                meeting.leave(address.token, membership)
-            elif meeting is not None and server is not None:
-                limit_s = max(_FAREWELL_LIMIT_S, env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
-                meeting.await_others(address.token, membership, lambda: server.num_connections, timeout_s=limit_s)
+            pulse.close(says=is_over)
+            self._part(supervisor)
         _await_launcher(ending, membership, supervisor)
         return ending
+
+    def _host_coordinator(
+        self, stack: contextlib.ExitStack
+    ) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
+        env, membership = self._env, self._membership
+        job_id = _job_id(env, membership)
+        run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
+        _, listen = advertised_host(membership)
+        certificate = Certificate.of(env.tls_cert, env.tls_key)
+        rules = PulseRules(
+            timeout_s=env.host_timeout_s,
+            min_nodes=env.min_nodes,
+            expects_all=membership.shrinks > 0,
+            is_replaceable=not membership.has_agents,
+        )
+        problem = self._lease.problem if self._lease is not None else lambda: ""
+        hosts = HostDesk(membership.world_size, rules, time.monotonic, problem)
+        coordinator = Coordinator.open(
+            membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts, hosts=hosts
+        )
+        stack.callback(coordinator.close)
+        self._coordinator = coordinator
+        server = stack.enter_context(CoordinatorServer(coordinator, host=listen, certificate=certificate))
+        address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))
+        endpoint = Endpoint(
+            url=server.address,
+            token=server.token,
+            job_id=job_id,
+            run_dir=str(run_dir.absolute()),
+            world_size=membership.world_size,
+            host=host_identity(),
+            pid=os.getpid(),
+            authority=None if env.tls_ca is None else str(env.tls_ca.absolute()),
+        )
+        for directory in (self.shm_dir, run_dir):  # the first goes with this process; the second is known
+            path = endpoint.write(directory)
+            stack.callback(endpoint.remove, path)
+        return address, LocalClient(coordinator), server
+
+    def _part(self, supervisor: Supervisor) -> None:
+        """Lets the others, or rank 0, know that this supervisor needs the coordinator no more."""
+        meeting, server, membership = self._meeting, self._server, self._membership
+        if meeting is None:
+            return
+        if server is None:
+            meeting.leave(self._address.token, membership)
+            return
+        num_others = membership.world_size - 1
+        assert self._coordinator is not None
+        if (stop := self._coordinator.job.stop) is not None:
+            num_others -= len(stop.lost)
+        limit_s = max(_FAREWELL_LIMIT_S, self._env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
+        meeting.await_others(self._address.token, num_others, lambda: server.num_connections, timeout_s=limit_s)
+
+
+def _lease(env: Env) -> RendezvousLease | None:
+    return RendezvousLease(env.rendezvous, env.host_timeout_s) if env.rendezvous and env.min_nodes else None
+
+
+def _forget_old_world(events: Events[Event]) -> None:
+    """Drops what threads of a world that is over have said since; signals and the zygote's words stay."""
+    kept: list[Event] = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            kept.append(events.get_nowait())
+    for event in kept:
+        if isinstance(event, (ZygoteSaid, ZygoteLost, Signalled, Noticed)):
+            events.put(event)
 
 
 def _await_launcher(ending: Ending, membership: Membership, supervisor: Supervisor) -> None:
@@ -144,14 +268,17 @@ def _find_coordinator(
     env: Env, membership: Membership, meeting: Meeting, shm_dir: str
 ) -> tuple[CoordinatorAddress, Client, dict[str, Any]]:
     """Finds the coordinator in rank 0's supervisor and joins it; returns its answer too."""
-    deadline = time.monotonic() + _JOIN_LIMIT_S
+    limit_s = _REJOIN_LIMIT_S if membership.shrinks else _JOIN_LIMIT_S
+    deadline = time.monotonic() + limit_s
     problem = "nothing was announced"
+    # So that more than one question fits into the silence after which a host is lost.
+    client_timeout_s = min(_CLIENT_TIMEOUT_S, env.host_timeout_s / 3) if env.host_timeout_s else _CLIENT_TIMEOUT_S
     refused: CoordinatorAddress | None = None
     while time.monotonic() < deadline:
-        found = meeting.look_up(timeout_s=1.0)
+        found = meeting.look_up(timeout_s=1.0, shrinks=membership.shrinks)
         if found is None:
             continue
-        client = CoordinatorClient(found.url, found.token, timeout_s=_CLIENT_TIMEOUT_S, authority=env.tls_ca)
+        client = CoordinatorClient(found.url, found.token, timeout_s=client_timeout_s, authority=env.tls_ca)
         try:
             return found, client, _join(client, membership, shm_dir)
         except CoordinatorUnavailable as error:
@@ -164,7 +291,7 @@ def _find_coordinator(
             refused = found
             time.sleep(_ANNOUNCEMENT_GRACE_S)
     raise CoordinatorUnavailable(
-        f"rank {membership.rank}: no coordinator was found for {_JOIN_LIMIT_S:.0f} s: {problem}. "
+        f"rank {membership.rank}: no coordinator was found for {limit_s:.0f} s: {problem}. "
         f"Look at rank 0's output: its supervisor hosts it.",
         rank=membership.rank,
     )
@@ -178,33 +305,6 @@ def _join(client: Any, membership: Membership, shm_dir: str) -> dict[str, Any]:
         pid=os.getpid(),
         shm_dir=shm_dir,
     )
-
-
-def _host_coordinator(
-    stack: contextlib.ExitStack, env: Env, membership: Membership, shm_dir: Path
-) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
-    job_id = _job_id(env, membership)
-    run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
-    _, listen = advertised_host(membership)
-    certificate = Certificate.of(env.tls_cert, env.tls_key)
-    coordinator = Coordinator.open(membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts)
-    stack.callback(coordinator.close)
-    server = stack.enter_context(CoordinatorServer(coordinator, host=listen, certificate=certificate))
-    address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))
-    endpoint = Endpoint(
-        url=server.address,
-        token=server.token,
-        job_id=job_id,
-        run_dir=str(run_dir.absolute()),
-        world_size=membership.world_size,
-        host=host_identity(),
-        pid=os.getpid(),
-        authority=None if env.tls_ca is None else str(env.tls_ca.absolute()),
-    )
-    for directory in (shm_dir, run_dir):  # the first goes with this process whatever ends it; the second is known
-        path = endpoint.write(directory)
-        stack.callback(endpoint.remove, path)
-    return address, LocalClient(coordinator), server
 
 
 def _job_id(env: Env, membership: Membership) -> str:

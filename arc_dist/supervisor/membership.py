@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from arc_dist.errors import ConfigError
 
@@ -22,6 +22,9 @@ class Membership:
         store_host: where the launcher's store is or is to be; None with a world of one and no launcher.
         store_port: its port.
         has_agent_store: the launcher's agent serves that store, so that rank 0 need not.
+        node: number of this rank's node among those of the launcher.
+        has_agents: the launcher has an agent on every node, which starts all its ranks again when one is lost.
+        shrinks: how often the world has become smaller since the launcher made it.
     """
 
     rank: int = 0
@@ -33,6 +36,9 @@ class Membership:
     store_host: str | None = None
     store_port: int = 0
     has_agent_store: bool = False
+    node: int = 0
+    has_agents: bool = False
+    shrinks: int = 0
 
     @staticmethod
     def read(environ: Mapping[str, str]) -> Membership:
@@ -63,7 +69,37 @@ class Membership:
             store_host=host,
             store_port=_number(environ, "MASTER_PORT", 0) if host is not None else 0,
             has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            node=_number(environ, "GROUP_RANK", 0),
+            has_agents=run_id is not None,
         )
+
+    def among(self, survivors: Sequence[tuple[int, int]]) -> Membership:
+        """This rank in the smaller world of `survivors`, (rank, node) of each by rank; it is one of them."""
+        ranks = [rank for rank, _ in survivors]
+        nodes = sorted({node for _, node in survivors})
+        return dataclasses.replace(
+            self,
+            rank=ranks.index(self.rank),
+            world_size=len(ranks),
+            num_launchers=len(nodes),
+            node=nodes.index(self.node),
+            shrinks=self.shrinks + 1,
+        )
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the launcher would have said, where it said something else."""
+        if not self.shrinks:
+            return {}
+        rank, world_size, node, num_nodes = map(str, (self.rank, self.world_size, self.node, self.num_launchers))
+        return {
+            "RANK": rank,
+            "WORLD_SIZE": world_size,
+            "ROLE_RANK": rank,
+            "ROLE_WORLD_SIZE": world_size,
+            "GROUP_RANK": node,
+            "GROUP_WORLD_SIZE": num_nodes,
+        }
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

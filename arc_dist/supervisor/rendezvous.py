@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ from arc_dist.telemetry.log import logger
 
 _POLL_S = 0.02
 _STORE_TIMEOUT_S = 300.0
+_LEAVE_LIMIT_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,11 @@ class CoordinatorAddress:
 
 
 class Meeting:
-    """The launcher's store, as far as supervisors use it: one key.
+    """The launcher's store, as far as supervisors use it: one key for each world that they form.
 
     The key does not carry the restart count, because that differs between agents when one joined late. A follower may
     therefore read what the rank 0 of an earlier attempt announced; it cannot connect there, and asks again.
     """
-
-    _KEY = "coordinator"
 
     def __init__(self, membership: Membership) -> None:
         if membership.store_host is None:
@@ -70,47 +70,66 @@ class Meeting:
             ) from error
         self._store: Store = PrefixStore(f"arc/{membership.run_id or 'none'}", self._tcp_store)
 
-    def announce(self, address: CoordinatorAddress) -> None:
-        """Rank 0 says where the coordinator is."""
-        self._store.set(self._KEY, json.dumps(dataclasses.asdict(address)))
+    def announce(self, address: CoordinatorAddress, *, shrinks: int = 0) -> None:
+        """Rank 0 says where the coordinator is, of the world that has become smaller so many times."""
+        self._store.set(_key(shrinks), json.dumps(dataclasses.asdict(address)))
 
-    def look_up(self, *, timeout_s: float) -> CoordinatorAddress | None:
+    def look_up(self, *, timeout_s: float, shrinks: int = 0) -> CoordinatorAddress | None:
         """The newest announcement, or None when there is none within `timeout_s`. Blocks in short steps only."""
         deadline = time.monotonic() + timeout_s
         while True:
-            if self._store.check([self._KEY]):
-                return CoordinatorAddress(**json.loads(self._store.get(self._KEY)))
+            if self._store.check([_key(shrinks)]):
+                return CoordinatorAddress(**json.loads(self._store.get(_key(shrinks))))
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_S)
 
     def leave(self, token: str, membership: Membership) -> None:
         """Another rank than 0 says that it needs the coordinator no more. Best effort."""
-        try:
-            self._store.add(self._left_key(token), 1)
-        except RuntimeError as error:  # the launcher's store is gone, so everything is ending
-            logger.debug("rank %d left without saying so: %s", membership.rank, error)
+
+        def say() -> None:
+            try:
+                self._store.add(self._left_key(token), 1)
+            except RuntimeError as error:  # the launcher's store is gone, so everything is ending
+                logger.debug("rank %d left without saying so: %s", membership.rank, error)
+
+        _within(_LEAVE_LIMIT_S, say)
 
     def await_others(
-        self, token: str, membership: Membership, num_connections: Callable[[], int], *, timeout_s: float
+        self, token: str, num_others: int, num_connections: Callable[[], int], *, timeout_s: float
     ) -> None:
         """Rank 0, which hosts the coordinator, waits until nobody needs it.
 
         Supervisors that were killed never say so, but their connections are closed; hosts that were lost do neither,
-        and are waited for `timeout_s`.
+        and those that are not known to be lost are waited for `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        try:
-            while num_connections() > 0 and time.monotonic() < deadline:
-                if self._store.add(self._left_key(token), 0) >= membership.world_size - 1:
-                    return
-                time.sleep(_POLL_S)
-        except RuntimeError as error:
-            logger.debug("rank 0 did not wait for the others: %s", error)
+
+        def wait() -> None:
+            try:
+                while num_connections() > 0 and time.monotonic() < deadline:
+                    if self._store.add(self._left_key(token), 0) >= num_others:
+                        return
+                    time.sleep(_POLL_S)
+            except RuntimeError as error:
+                logger.debug("rank 0 did not wait for the others: %s", error)
+
+        _within(timeout_s, wait)
 
     @staticmethod
     def _left_key(token: str) -> str:
         return f"left/{hashlib.sha256(token.encode()).hexdigest()[:16]}"
+
+
+def _within(timeout_s: float, act: Callable[[], None]) -> None:
+    """Acts, but goes on after `timeout_s`: the store may be on a lost host, for which its client waits for minutes."""
+    thread = threading.Thread(target=act, name="arc-meeting", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+
+
+def _key(shrinks: int) -> str:
+    return f"coordinator/{shrinks}" if shrinks else "coordinator"
 
 
 class GenerationStores:

@@ -33,6 +33,7 @@ from arc_dist.supervisor.events import (
     Condemned,
     CoordinatorFound,
     CoordinatorLost,
+    CutOff,
     Directed,
     DirectivePoller,
     Event,
@@ -91,6 +92,7 @@ class Client(Protocol):
     def progress(self, *, rank: int, generation: int, step: int) -> dict[str, Any]: ...
     def preempt(self, *, rank: int) -> dict[str, Any]: ...
     def watched(self, *, rank: int, generation: int, report: dict[str, Any]) -> dict[str, Any]: ...
+    def pulse(self, *, rank: int, node: int, leaving: bool = False) -> dict[str, Any]: ...
     def report(
         self, *, rank: int, generation: int, step: int, quiet_s: float | None, held: list[dict[str, Any]]
     ) -> dict[str, Any]: ...
@@ -104,10 +106,12 @@ class Ending:
         returncode: an exit code, or minus the signal that ended the trainer.
         was_told: a signal told it to end, so that the code says nothing about the script: a launcher ends all ranks
             when it lost one, and the others then fail as they may.
+        survivors: (rank, node) of those that go on as a smaller world; empty when the job is over for this supervisor.
     """
 
     returncode: int
     was_told: bool = False
+    survivors: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,13 +146,11 @@ class Setup:
 class Supervisor:
     """See the module's text. Use it from the main thread: the zygote dies with the thread that started it."""
 
-    def __init__(
-        self, setup: Setup, client: Client, zygote_process: zygote.ZygoteProcess, events: Events[Event]
-    ) -> None:
+    def __init__(self, setup: Setup, client: Client, trainers: Trainers, events: Events[Event]) -> None:
         self._setup = setup
         self._client = client
         self._events = events
-        self._trainers = Trainers(setup.rank, setup.shm_dir, zygote_process, events)
+        self._trainers = trainers
         self._directive: dict[str, Any] | None = None
         self._signals: list[int] = []
         self._coordinator_lost_at: float | None = None
@@ -453,6 +455,11 @@ class Supervisor:
     def _stop(self, directive: dict[str, Any]) -> Ending:
         self._part_and_kill("the job stops")
         code = int(directive["exit_code"])
+        survivors = tuple((int(rank), int(node)) for rank, node in directive.get("survivors", ()))
+        is_one = any(rank == self._setup.rank for rank, _ in survivors)
+        if is_one and not self.was_signalled and not self.was_preempted:
+            logger.warning("%s. The world goes on with %d ranks", directive["reason"], len(survivors))
+            return Ending(code, survivors=survivors)
         log = logger.error if self._setup.rank == 0 else logger.debug
         reason = directive.get("reason", "no reason given")
         if directive.get("traceback") and self._setup.uses_store:
@@ -557,6 +564,8 @@ class Supervisor:
                 self._coordinator_error = error
             case CoordinatorFound():
                 self._coordinator_lost_at = None
+            case CutOff(error=error):
+                raise CoordinatorUnavailable(error)
             case Signalled(number=number):
                 self._take_signal(number)
             case Condemned(generation=generation, reason=reason):

@@ -60,6 +60,14 @@ class Trainers:
         self._progress = ProgressPage.create(shm_dir)
         read_zygote(zygote_process.sock, zygote_process.pid, events)
 
+    def move(self, rank: int, shm_dir: Path) -> None:
+        """From now on trainers are those of another rank, with another directory. Nothing may run."""
+        assert self.gone
+        self.current = None
+        self._rank, self._shm_dir = rank, shm_dir
+        self._page = layout.StatusPage.create(shm_dir)
+        self._progress = ProgressPage.create(shm_dir)
+
     @property
     def gone(self) -> bool:
         """Whether nothing runs: there was no trainer yet, or the present one has ended."""

@@ -77,11 +77,19 @@ def main() -> None:
         steps.append([step.number, step.action])
         with open(out / f"progress-{rank}", "a") as file:
             file.write(f"{step.number} {dist.get_world_size()}\n")
+        with open(out / f"steps-{os.uname().nodename}", "a") as file:
+            line = {"at": time.monotonic(), "step": step.number, "generation": generation(), "store": meeting_place()}
+            file.write(json.dumps({**line, "rank": rank, "ranks": dist.get_world_size()}) + "\n")
         time.sleep(config.get("pause_s", 0.0))
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     result = {"steps": steps, "digest": digest(model, optimizers), "rates": rates, "ranks": dist.get_world_size()}
     (out / f"result-{config['life']}-{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+def meeting_place() -> str:
+    """Another one for every set of processes that train together."""
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def generation() -> int:
