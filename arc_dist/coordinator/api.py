@@ -138,6 +138,12 @@ _REPORTS = (
                 name="inventory", kind=Kind.OBJECTS, about="snapshots held in memory", required=False, inside=_HOLDING
             ),
             _text("shm_dir", "where they are"),
+            Field(
+                name="peer",
+                kind=Kind.OBJECT,
+                about="where the supervisor listens for others, and the copies of their snapshots that it keeps",
+                required=False,
+            ),
             _text("host", "on which host"),
         ),
     ),

@@ -21,8 +21,9 @@ from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.tls import Certificate
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, ExitCode
 from arc_dist.preemption.file import NoticeFile, seconds_since_1970
-from arc_dist.snapshot.directory import OwnedDirectory
 from arc_dist.supervisor import process, zygote
+from arc_dist.supervisor.copies import open_peers
+from arc_dist.supervisor.estate import Estate
 from arc_dist.supervisor.events import Event, Events, Noticed, Signalled
 from arc_dist.supervisor.membership import Membership
 from arc_dist.supervisor.rendezvous import (
@@ -64,8 +65,7 @@ def supervise(
         logging.getLogger("arc_dist.coordinator").setLevel(logging.WARNING)
     process.adopt_orphans()
     with contextlib.ExitStack() as stack:
-        directory = _own_directory(env.shm_root, f"{env.job_id}-r{membership.rank}")
-        stack.callback(directory.close)
+        directory = stack.enter_context(Estate(env, membership))
         meeting = Meeting(membership) if membership.store_host is not None else None
         if membership.rank == 0:
             address, client, server = _host_coordinator(stack, env, membership, directory.path)
@@ -79,6 +79,9 @@ def supervise(
         stores = None
         if membership.rank == 0 and membership.store_host is not None:
             stores = GenerationStores(advertised_host(membership)[0])
+        directory.claim(answer["lineage"])
+        peers = open_peers(env, membership, directory.path, address.token, answer["lineage"], client)
+        stack.callback(peers.close)
         events: Events[Event] = queue.SimpleQueue()
         stack.enter_context(_signals_as_events(events))
         setup = Setup(
@@ -97,6 +100,7 @@ def supervise(
             grace_s=env.grace_s,
             preempt_signals=env.preempt_signals,
             is_guarded=is_guarded,
+            peers=peers,
         )
         if env.preempt_file is not None:
             stack.callback(_watch_notice_file(env.preempt_file, membership, events).close)
@@ -113,6 +117,7 @@ def supervise(
                 limit_s = max(_FAREWELL_LIMIT_S, env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
                 meeting.await_others(address.token, membership, lambda: server.num_connections, timeout_s=limit_s)
         _await_launcher(ending, membership, supervisor)
+        directory.ends_with(ending.returncode, was_told=ending.was_told)
         return ending
 
 
@@ -219,19 +224,6 @@ def _job_id(env: Env, membership: Membership) -> str:
         return membership.run_id
     pid = os.getppid() if membership.has_agent_store else os.getpid()
     return f"job-{pid}-{process.start_ticks(pid) or 0}"
-
-
-def _own_directory(root: Path, label: str) -> OwnedDirectory:
-    if not root.is_dir():
-        raise ConfigError(
-            f"{root} shall hold snapshots but is no directory. Set ARC_SHM_ROOT to one, such as /dev/shm."
-        )
-    try:
-        return OwnedDirectory(root, label)
-    except OSError as error:
-        raise ConfigError(
-            f"no directory for snapshots can be made in {root}: {error}. Set ARC_SHM_ROOT to a writable directory."
-        ) from error
 
 
 @contextlib.contextmanager
