@@ -185,7 +185,7 @@ MUTANTS = {
         faults=_POISONED,
     ),
     "a rank's shard stands in for another's": Mutant(
-        where=P._refill, old="holders[rank].replicated", new="True", faults=_REPLACED
+        where=P._sources, old="holders[rank].replicated", new="True", faults=_REPLACED
     ),
     "the memory of another host stands in": Mutant(
         where=P._refill,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from arc_dist.coordinator.records import read_holding
 from arc_dist.coordinator.wire import Fields
@@ -66,12 +66,13 @@ class PeerDesk:
             owner = Fields("ready", entry).integer("owner")
             if owner < self._world_size:
                 copies.append(Copy(owner=owner, holding=read_holding(entry)))
-        distrusted = told.get("distrusted", ())
-        if not isinstance(distrusted, (list, tuple)):
-            raise ConfigError("ready: the field 'distrusted' must be a list of ranks")
         self._peers[rank] = peer
-        ranks = frozenset(other for other in distrusted if isinstance(other, int))  # pyright: ignore[reportUnknownVariableType]
-        return dataclasses.replace(inventory, copies=tuple(copies), distrusted=ranks)
+        return dataclasses.replace(
+            inventory,
+            copies=tuple(copies),
+            distrusted=_numbers(told, "distrusted") or frozenset(),
+            recorded=_numbers(told, "recorded"),
+        )
 
     def directions(self, rank: int, plan: Plan) -> dict[str, Any]:
         """What a rank that runs a plan needs: who keeps its copies, whose it keeps, and where to fetch its state."""
@@ -94,3 +95,15 @@ class PeerDesk:
         answer["partners"] = [self._peers[other].address(other) for other in table[rank]]
         answer["owners"] = owners.get(rank, [])
         return answer
+
+
+def _numbers(told: Mapping[str, Any], name: str) -> frozenset[int] | None:
+    """A set of whole numbers; None when it was not told."""
+    values: object = told.get(name)
+    if values is None:
+        return None
+    entries = cast("list[object]", values) if isinstance(values, list) else [None]
+    numbers = [entry for entry in entries if isinstance(entry, int)]
+    if len(numbers) != len(entries) or len(numbers) > _MAX_COPIES:
+        raise ConfigError(f"ready: the field {name!r} must be a list of at most {_MAX_COPIES} whole numbers")
+    return frozenset(numbers)

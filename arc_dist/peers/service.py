@@ -17,6 +17,7 @@ from arc_dist.peers.sender import CopySender, Partner
 from arc_dist.peers.server import Job, PeerServer
 from arc_dist.peers.shelf import Shelf
 from arc_dist.snapshot import layout
+from arc_dist.snapshot.record import recorded_steps
 from arc_dist.telemetry.log import logger
 
 _ATTEMPTS = 3
@@ -131,6 +132,7 @@ class Peers:
             "distance": self._settings.distance,
             "held": copies,
             "distrusted": sorted(self._distrusted),
+            "recorded": recorded_steps(self.directory),
         }
 
     def begin(self, generation: int, answer: Mapping[str, Any]) -> None:

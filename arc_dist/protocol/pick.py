@@ -91,6 +91,8 @@ class Inventory:
         holdings: the rank's own snapshots.
         copies: of other ranks' snapshots.
         distrusted: ranks from which this one could not fetch a copy.
+        recorded: steps of which the memory still has what only this rank knows, without which a peer's snapshot is of
+            no use to it; None when that was not told.
     """
 
     host: str
@@ -98,6 +100,7 @@ class Inventory:
     holdings: tuple[Holding, ...] = ()
     copies: tuple[Copy, ...] = ()
     distrusted: frozenset[int] = frozenset()
+    recorded: frozenset[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,7 +302,7 @@ def pick(generation: int, inventories: Mapping[int, Inventory], known: Known) ->
     for candidate, holders in _trusted_in_memory(inventories, known, refused, also=copies):
         if candidate < floor:
             break
-        found = _sources(holders, copies.get(candidate, {}), inventories)
+        found = _sources(candidate, holders, copies.get(candidate, {}), inventories)
         if len(found) == len(inventories):
             step, sources = candidate, found
             break
@@ -398,6 +401,7 @@ def _trusted_copies(
 
 
 def _sources(
+    step: int,
     holders: Mapping[int, Holding],
     copies: Mapping[int, Mapping[int, Holding]],
     inventories: Mapping[int, Inventory],
@@ -409,21 +413,20 @@ def _sources(
             givers.setdefault(inventories[rank].host, []).append(rank)
     found: dict[int, Source] = {}
     for rank in sorted(inventories):
-        peers = [rank] if rank in holders else givers.get(inventories[rank].host)
-        if peers:
+        mine = inventories[rank]
+        peers = [rank] if rank in holders else givers.get(mine.host)
+        if peers and (rank in holders or mine.recorded is None or step in mine.recorded):
             giver = peers[rank % len(peers)]  # spreads the reading over the peers
             found[rank] = Source(rank=giver, shm_dir=inventories[giver].shm_dir, slot=holders[giver].slot)
             continue
-        by_holder = {
-            holder: held for holder, held in copies.get(rank, {}).items() if holder not in inventories[rank].distrusted
-        }
+        by_holder = {holder: held for holder, held in copies.get(rank, {}).items() if holder not in mine.distrusted}
         if by_holder:
-            near = [holder for holder in by_holder if inventories[holder].host == inventories[rank].host]
+            near = [holder for holder in by_holder if inventories[holder].host == mine.host]
             holder = min(near or by_holder)
             held = by_holder[holder]
             found[rank] = Source(
                 rank=rank,
-                shm_dir=inventories[rank].shm_dir,
+                shm_dir=mine.shm_dir,
                 slot=held.slot,
                 holder=holder,
                 generation=held.generation,
