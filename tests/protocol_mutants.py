@@ -188,8 +188,8 @@ MUTANTS = {
         where=P._sources, old="holders[rank].replicated", new="True", faults=_REPLACED
     ),
     "the memory of another host stands in": Mutant(
-        where=P._refill,
-        old="givers.get(inventories[rank].host)",
+        where=P._sources,
+        old="givers.get(mine.host)",
         new="next(iter(givers.values()), None)",
         faults=("at 0.500 crash-node 1",),
         options=Options(replicated=True),
