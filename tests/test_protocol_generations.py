@@ -337,8 +337,7 @@ def test_memory_of_an_earlier_life_is_gone_on_from_and_what_it_gave_up_stays_so(
     state = dataclasses.replace(state, phase=Phase.STOPPED)
     begun = revive(CONFIG, durable(state), 1.0)
     both, alone = Holding(step=8, slot=0, certified=True), Holding(step=12, slot=1, certified=True)
-    inventory = Inventory(host="h", shm_dir="/shm", holdings=(both, alone))
-    job, _ = play(join(0), join(1), Ready(rank=0, generation=1, inventory=inventory), ready(1, 1, both), job=begun)
+    job, _ = play(join(0), join(1), ready(0, 1, both, alone), ready(1, 1, both), job=begun)
     assert job.plan is not None
     assert (job.plan.tier, job.plan.step) == (Tier.MEMORY, 8)
     assert job.known.refusal(12, 0, in_memory=True) is not None
