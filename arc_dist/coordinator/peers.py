@@ -48,7 +48,7 @@ class PeerDesk:
             ConfigError: it cannot be understood.
         """
         self._table = None
-        if told is None:
+        if not told:
             self._peers.pop(rank, None)
             return inventory
         fields = Fields("ready", told)

@@ -92,15 +92,15 @@ def _collect(shm_root: str | None) -> None:
 
 
 def _may_change_size(nnodes: str) -> bool:
-    """Prepares for nodes that come and go (``--nnodes=min:max``). False when that is no range, which is said."""
+    """Prepares for nodes that come and go. False when ``--nnodes`` is no number and no range, which is said."""
     fewest, _, most = nnodes.partition(":")
     most = most or fewest
     if not (fewest.isdigit() and most.isdigit() and 0 < int(fewest) <= int(most)):
         print(f"arcrun: --nnodes={nnodes} is neither a number nor MIN:MAX with 0 < MIN <= MAX.", file=sys.stderr)
         return False
-    if fewest != most:
-        # Else torchrun (2.13) lets ranks meet in a store that it made in its first round; a node that joins later does
-        # not know it and waits for another one, for ever.
+    if int(most) > 1:
+        # Else torchrun (2.13) lets ranks meet in a store that it made in its first round; a node that joins later, or
+        # takes the place of a lost one, does not know it and waits for another one, for ever.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return True
 
