@@ -181,9 +181,10 @@ def test_two_agents_of_torchrun_and_a_replaced_node(tmp_path, shm_root):
         shutil.rmtree(shm_root / "b")
         with start("c") as third:
             ends = [first.wait(2 * WAIT_S), third.wait(WAIT_S)]
-    assert [end.exit_code for end in ends] == [0, 0], ends
+    story = "\n".join(map(repr, ends))
+    assert [end.exit_code for end in ends] == [0, 0], story
     results = [json.loads((tmp_path / "out" / f"result-{rank}.json").read_text()) for rank in range(4)]
-    assert [result["resumed"] for result in results] == [[BLOCK_AT - 3, "memory"]] * 4, ends
+    assert [result["resumed"] for result in results] == [[BLOCK_AT - 3, "memory"]] * 4, story
     assert [result["digest"] for result in results] == run_ranks(4, undisturbed, toy)
     assert len(hosts.incidents("copy_fetched")) >= 2
     assert [path for host in "ac" for path in (shm_root / host).iterdir()] == []

@@ -55,17 +55,19 @@ class Estate:
         if taken:
             logger.info("took over what memory still held of rank%s %s", "s" * (len(taken) > 1), _words(taken))
 
-    def ends_with(self, returncode: int, *, was_told: bool) -> None:
+    def ends_with(self, returncode: int, *, was_told: bool, has_run: bool = True) -> None:
         """Decides what becomes of the directory: it stays for a launcher that is about to start the ranks again.
 
         Args:
             returncode: the supervisor's.
             was_told: a signal of the launcher's ended it.
+            has_run: a trainer ran in its time. Without one, being preempted has saved nothing of what was taken over.
         """
         member = self._membership
         has_restarts = member.restart_count < member.max_restarts
-        is_final = returncode in _FINAL
-        self._is_left = member.has_agent_store and not is_final and (was_told or returncode < 0 or has_restarts)
+        is_untouched = returncode == ExitCode.PREEMPTED and not has_run
+        is_awaited = was_told or returncode < 0 or has_restarts or is_untouched
+        self._is_left = member.has_agent_store and is_awaited and (returncode not in _FINAL or is_untouched)
 
     def __enter__(self) -> Estate:
         return self

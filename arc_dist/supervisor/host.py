@@ -117,7 +117,7 @@ def supervise(
                 limit_s = max(_FAREWELL_LIMIT_S, env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
                 meeting.await_others(address.token, membership, lambda: server.num_connections, timeout_s=limit_s)
         _await_launcher(ending, membership, supervisor)
-        directory.ends_with(ending.returncode, was_told=ending.was_told)
+        directory.ends_with(ending.returncode, was_told=ending.was_told, has_run=supervisor.has_run)
         return ending
 
 

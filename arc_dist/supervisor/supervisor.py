@@ -234,6 +234,11 @@ class Supervisor:
         return self._leaving_by is not None
 
     @property
+    def has_run(self) -> bool:
+        """Whether it forked a trainer."""
+        return self._trainers.current is not None
+
+    @property
     def was_preempted(self) -> bool:
         """Whether the job was told to go."""
         return self._departure.has_begun
