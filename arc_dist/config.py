@@ -41,6 +41,11 @@ class Env:
     min_nodes: int = 0  # ARC_MIN_NODES: the fewest nodes that the launcher allows; set by arcrun
     rendezvous: str | None = None  # ARC_RENDEZVOUS: host:port where the launcher's agents meet; set by arcrun
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
+    peer_copies: int | None = None  # ARC_PEER_COPIES, for users: of each sharded snapshot; None decides by the hosts
+    peer_distance: int = 1  # ARC_PEER_DISTANCE, for users: failure domains from a rank's to that of its first copy
+    peer_max_bytes_per_s: int | None = None  # ARC_PEER_MAX_BYTES_PER_S, for users: bound on sending copies, per rank
+    failure_domain: str | None = None  # ARC_FAILURE_DOMAIN, for users: what is lost as a whole; default: the host
+    has_peers: bool = False  # ARC_HAS_PEERS: this rank's snapshots are copied to other hosts
     tls_cert: Path | None = None  # ARC_TLS_CERT, for users: the certificate that the coordinator shows, PEM
     tls_key: Path | None = None  # ARC_TLS_KEY, for users: its key, PEM, without a passphrase
     tls_ca: Path | None = None  # ARC_TLS_CA, for users: who vouches for that certificate, PEM
@@ -85,6 +90,11 @@ class Env:
             min_nodes=_integer(env, "ARC_MIN_NODES", 0),
             rendezvous=env.get("ARC_RENDEZVOUS") or None,
             preempt_file=_path(env, "ARC_PREEMPT_FILE"),
+            peer_copies=_copies(env),
+            peer_distance=_positive(env, "ARC_PEER_DISTANCE") or Env.peer_distance,
+            peer_max_bytes_per_s=_positive(env, "ARC_PEER_MAX_BYTES_PER_S"),
+            failure_domain=env.get("ARC_FAILURE_DOMAIN") or None,
+            has_peers=env.get("ARC_HAS_PEERS") == "1",
             tls_cert=_path(env, "ARC_TLS_CERT"),
             tls_key=_path(env, "ARC_TLS_KEY"),
             tls_ca=_path(env, "ARC_TLS_CA"),
@@ -110,6 +120,20 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
     if value < 0:
         raise ConfigError(f"{name}={text!r} must not be negative. Correct or unset it.", variable=name)
     return value
+
+
+def _positive(env: Mapping[str, str], name: str) -> int | None:
+    if not env.get(name):
+        return None
+    value = _integer(env, name, 0)
+    if value == 0:
+        raise ConfigError(f"{name}=0: must be 1 or more. Correct or unset it.", variable=name)
+    return value
+
+
+def _copies(env: Mapping[str, str]) -> int | None:
+    name = "ARC_PEER_COPIES"
+    return None if (env.get(name) or "auto").lower() == "auto" else _integer(env, name, 0)
 
 
 def _seconds(env: Mapping[str, str], name: str) -> float | None:

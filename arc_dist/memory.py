@@ -23,6 +23,7 @@ from arc_dist.snapshot.state import TrainingState
 from arc_dist.snapshot.tensors import local
 from arc_dist.telemetry.log import logger
 
+_SLOTS_WITH_PEERS = 3
 _UNBORN_STATE = 2  # times a parameter's bytes: what Adam will keep of it, which is the most of the common optimizers
 
 
@@ -36,6 +37,9 @@ def open_ring(state: TrainingState, settings: Settings, voter: Voter, env: Env, 
         env: where this rank's memory is.
         slots: number of snapshots that may be held at once.
     """
+    if env.has_peers and not all(spec.replicated for spec in state.tensors()[0]):
+        # While copies of the newest snapshot are on their way, the one before is what all ranks have in common.
+        slots = max(slots, _SLOTS_WITH_PEERS)
     form = Form(settings.snapshot_form)
     if form is Form.AUTO:
         root = env.shm_dir if env.shm_dir is not None else env.shm_root

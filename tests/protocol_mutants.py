@@ -185,11 +185,11 @@ MUTANTS = {
         faults=_POISONED,
     ),
     "a rank's shard stands in for another's": Mutant(
-        where=P._refill, old="holders[rank].replicated", new="True", faults=_REPLACED
+        where=P._sources, old="holders[rank].replicated", new="True", faults=_REPLACED
     ),
     "the memory of another host stands in": Mutant(
-        where=P._refill,
-        old="givers.get(inventories[rank].host)",
+        where=P._sources,
+        old="givers.get(mine.host)",
         new="next(iter(givers.values()), None)",
         faults=("at 0.500 crash-node 1",),
         options=Options(replicated=True),

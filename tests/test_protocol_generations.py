@@ -317,6 +317,33 @@ def test_a_job_that_was_over_begins_anew_and_keeps_its_poison(end: tuple[Any, ..
     assert again.known.poison == (poison,)
 
 
+def test_of_the_checkpoints_a_restarted_coordinator_remembers_the_newest_until_a_store_tells():
+    entry = Committed(step=20, url="u", generation=0)
+    state, _ = play(Listed(url="u", committed=frozenset({entry, Committed(step=10, url="u")})), died(0, 0), job=RUNNING)
+    for _ in range(2):  # the second one is restarted before any store has told
+        state = revive(CONFIG, json.loads(json.dumps(durable(state))), 1.0)
+        assert (state.known.committed, state.known.remembered) == (frozenset(), entry)
+    older = Holding(step=18, slot=0, certified=True)
+    job, _ = play(ready(0, 1, older), ready(1, 1, older), job=state)
+    assert job.plan is not None
+    assert (job.plan.tier, job.plan.step) == (Tier.NONE, None)
+    told, _ = play(Listed(url="u", committed=frozenset()), job=state)
+    assert told.known.remembered is None
+
+
+def test_memory_of_an_earlier_life_is_gone_on_from_and_what_it_gave_up_stays_so():
+    """The first generation of a life that found snapshots in memory: what is newer than its step is abandoned."""
+    state, _ = play(*(died(rank, 0, cause=Cause(kind=CauseKind.EXIT)) for rank in (0, 1)), job=RUNNING)
+    state = dataclasses.replace(state, phase=Phase.STOPPED)
+    begun = revive(CONFIG, durable(state), 1.0)
+    both, alone = Holding(step=8, slot=0, certified=True), Holding(step=12, slot=1, certified=True)
+    job, _ = play(join(0), join(1), ready(0, 1, both, alone), ready(1, 1, both), job=begun)
+    assert job.plan is not None
+    assert (job.plan.tier, job.plan.step) == (Tier.MEMORY, 8)
+    assert job.known.refusal(12, 0, in_memory=True) is not None
+    assert job.known.refusal(8, 0, in_memory=True) is None
+
+
 @pytest.mark.parametrize("state", [Job(), RUNNING, ENDING, dataclasses.replace(RUNNING, finished=frozenset({1}))])
 def test_a_journal_of_another_world_begins_anew(state: Job):
     again = revive(JobConfig(world_size=1), {**durable(state), "world_size": CONFIG.world_size}, 3.0)

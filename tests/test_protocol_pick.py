@@ -8,7 +8,19 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_dist.protocol.pick import Committed, Holding, Inventory, Known, Plan, Poison, Restored, Tier, pick
+from arc_dist.protocol.pick import (
+    Committed,
+    Copy,
+    Holding,
+    Inventory,
+    Known,
+    Plan,
+    Poison,
+    Restored,
+    Source,
+    Tier,
+    pick,
+)
 
 
 def held(step: int, slot: int = 0, generation: int = 0, **flags: bool) -> Holding:
@@ -126,6 +138,80 @@ def test_the_memory_of_poison_is_bounded_and_never_forgets():
     assert known.with_poison(known.poison[-1]) is known
 
 
+def copies(inventories: dict[int, Inventory], holder: int, *of: tuple[int, Holding]) -> dict[int, Inventory]:
+    entries = tuple(Copy(owner=owner, holding=holding) for owner, holding in of)
+    return {**inventories, holder: dataclasses.replace(inventories[holder], copies=entries)}
+
+
+def test_a_copy_stands_in_for_a_rank_whose_memory_is_lost():
+    known = copies(ranks((held(12, 1),), ()), 0, (1, held(12, 0)), (1, held(10, 1)))
+    plan = pick(1, known, Known())
+    assert (plan.step, plan.tier) == (12, Tier.MEMORY)
+    assert plan.sources[0] == Source(rank=0, shm_dir="/shm/0", slot=1)
+    assert plan.sources[1] == Source(rank=1, shm_dir="/shm/1", slot=0, holder=0, generation=0)
+    assert "rank 1 from a peer" in plan.reason
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+def test_a_rank_that_has_its_own_needs_no_copy():
+    known = copies(ranks((held(12),), (held(12),)), 0, (1, held(12, 1)))
+    assert pick(1, known, Known()).sources[1].holder is None
+
+
+def test_copies_of_another_rank_or_step_help_nobody():
+    assert pick(1, copies(ranks((held(12),), (), ()), 0, (2, held(12))), Known()).tier is Tier.NONE
+    assert pick(1, copies(ranks((held(12),), ()), 0, (1, held(10))), Known()).tier is Tier.NONE
+
+
+def test_a_step_may_be_whole_in_copies_alone():
+    known = copies(ranks((), ()), 0, (0, held(8)), (1, held(8)))
+    plan = pick(1, known, Known())
+    assert (plan.step, [source.holder for source in plan.sources.values()]) == (8, [0, 0])
+
+
+def test_a_copy_is_refused_as_its_original_is():
+    known = copies(ranks((held(12, 0, 2), held(10, 1, 1)), ()), 0, (1, held(12, 0, 1)), (1, held(10, 1, 1)))
+    assert pick(3, known, Known(restored=(Restored(generation=2, step=10),))).step == 10
+    assert pick(3, known, Known(poison=(Poison(from_step=11, to_step=12, generation=1),))).step == 10
+    uncertified = copies(ranks((held(12),), ()), 0, (1, held(12, certified=False)))
+    plan = pick(1, uncertified, Known())
+    assert plan.tier is Tier.NONE
+    assert "not certified in rank 0's copy of rank 1" in {refusal.reason for refusal in plan.refused}
+
+
+def test_a_holder_that_could_not_give_is_not_asked_again():
+    known = copies(ranks((held(12), held(8, 1)), (held(12), held(8, 1)), ()), 0, (2, held(12)), (2, held(8, 1)))
+    assert pick(1, known, Known()).sources[2].holder == 0
+    known[2] = dataclasses.replace(known[2], distrusted=frozenset({0}))
+    assert pick(1, known, Known()).tier is Tier.NONE
+    assert pick(1, copies(known, 1, (2, held(8))), Known()).step == 8
+
+
+def test_a_holder_on_the_same_host_is_asked_first():
+    known = ranks((held(12),), (held(12),), (), hosts="abb")
+    known = copies(copies(known, 0, (2, held(12))), 1, (2, held(12)))
+    assert pick(1, known, Known()).sources[2].holder == 1
+
+
+def test_a_replica_is_of_no_use_to_a_rank_that_has_lost_what_it_alone_knew():
+    parting, older = held(12, 1, parting=True, replicated=True), held(10, certified=True, replicated=True)
+    known = copies(ranks((parting, older), ()), 0, (1, older))
+    known[1] = dataclasses.replace(known[1], recorded=frozenset({12}))
+    assert (pick(1, known, Known()).step, pick(1, known, Known()).sources[1].rank) == (12, 0)
+    known[1] = dataclasses.replace(known[1], recorded=frozenset())
+    plan = pick(1, known, Known())
+    assert (plan.step, plan.sources[1].holder) == (10, 0)
+
+
+def test_memory_that_is_older_than_a_forgotten_checkpoint_is_not_the_newest():
+    memory = ranks((held(10),), (held(10),))
+    newer = Committed(step=12, url="u", generation=0)
+    assert pick(1, memory, Known(remembered=newer)).tier is Tier.NONE  # the trainers look into the store
+    assert pick(1, memory, Known(remembered=dataclasses.replace(newer, step=10))).step == 10
+    poison = (Poison(from_step=11, to_step=12, generation=0),)
+    assert pick(1, memory, Known(remembered=newer, poison=poison)).step == 10
+
+
 # ---- laws
 
 holdings = st.builds(
@@ -137,11 +223,27 @@ holdings = st.builds(
     parting=st.booleans(),
     replicated=st.booleans(),
 )
-inventories = st.lists(st.lists(holdings, max_size=4), min_size=1, max_size=4).flatmap(
-    lambda lists: st.lists(st.sampled_from("ab"), min_size=len(lists), max_size=len(lists)).map(
-        lambda hosts: ranks(*(tuple(entries) for entries in lists), hosts="".join(hosts))
-    )
-)
+few_ranks = st.frozensets(st.integers(0, 3), max_size=2)
+
+
+@st.composite
+def inventories_of_a_world(draw: st.DrawFn) -> dict[int, Inventory]:
+    lists = draw(st.lists(st.lists(holdings, max_size=4), min_size=1, max_size=4))
+    kept = st.lists(st.builds(Copy, owner=st.integers(0, len(lists) - 1), holding=holdings), max_size=3).map(tuple)
+    return {
+        rank: Inventory(
+            host=draw(st.sampled_from("ab")),
+            shm_dir=f"/shm/{rank}",
+            holdings=tuple(entries),
+            copies=draw(kept),
+            distrusted=draw(few_ranks),
+            recorded=draw(st.none() | st.frozensets(st.integers(0, 6))),
+        )
+        for rank, entries in enumerate(lists)
+    }
+
+
+inventories = inventories_of_a_world()
 knowns = st.builds(
     Known,
     committed=st.frozensets(
@@ -161,6 +263,7 @@ knowns = st.builds(
     restored=st.lists(
         st.builds(Restored, generation=st.integers(1, 4), step=st.none() | st.integers(0, 6)), max_size=2
     ).map(tuple),
+    remembered=st.none() | st.builds(Committed, step=st.integers(0, 6), url=st.just("u"), generation=st.integers(0, 3)),
 )
 
 
@@ -177,6 +280,9 @@ def test_law_one_more_snapshot_never_makes_the_plan_older(
     inventory = entries[rank]
     more = {**entries, rank: dataclasses.replace(inventory, holdings=(*inventory.holdings, extra))}
     assert newness(pick(4, more, known)) >= newness(pick(4, entries, known))
+    copy = Copy(owner=data.draw(st.sampled_from(sorted(entries))), holding=extra)
+    more = {**entries, rank: dataclasses.replace(inventory, copies=(*inventory.copies, copy))}
+    assert newness(pick(4, more, known)) >= newness(pick(4, entries, known))
 
 
 @settings(max_examples=400)
@@ -188,7 +294,9 @@ def test_law_neither_order_nor_repetition_matters(entries: dict[int, Inventory],
     for rank in order:
         twice = list(entries[rank].holdings) * 2
         random.shuffle(twice)
-        shuffled[rank] = dataclasses.replace(entries[rank], holdings=tuple(twice))
+        kept = list(entries[rank].copies) * 2
+        random.shuffle(kept)
+        shuffled[rank] = dataclasses.replace(entries[rank], holdings=tuple(twice), copies=tuple(kept))
     assert pick(4, shuffled, known) == pick(4, entries, known)
 
 
@@ -199,9 +307,14 @@ def test_law_the_plan_is_sound(entries: dict[int, Inventory], known: Known):
     if plan.tier is Tier.MEMORY:
         assert set(plan.sources) == set(entries)
         for rank, source in plan.sources.items():
+            offered = list(entries[source.rank].holdings)
+            if source.holder is not None:
+                assert source.rank == rank
+                assert source.holder not in entries[rank].distrusted
+                offered = [copy.holding for copy in entries[source.holder].copies if copy.owner == rank]
             usable = [
                 holding
-                for holding in entries[source.rank].holdings
+                for holding in offered
                 if (holding.step, holding.slot) == (plan.step, source.slot)
                 if holding.certified or holding.parting
                 if known.refusal(holding.step, holding.generation, in_memory=True) is None
@@ -209,6 +322,8 @@ def test_law_the_plan_is_sound(entries: dict[int, Inventory], known: Known):
             assert usable
             if source.rank != rank:
                 assert entries[rank].host == entries[source.rank].host
+                recorded = entries[rank].recorded
+                assert recorded is None or plan.step in recorded
     assert all(refusal.step > newness(plan) for refusal in plan.refused)
     assert len(plan.refused) <= 8
 

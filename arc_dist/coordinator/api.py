@@ -99,6 +99,20 @@ _HOLDING = (
     Field(name="replicated", kind=Kind.BOOLEAN, about="stands for every rank of the host", required=False),
     _integer("nbytes", "its size", required=False),
 )
+_PEER = (
+    _text("host", "under which other supervisors reach it"),
+    _integer("port", "on which it listens for them"),
+    _text("domain", "its failure domain"),
+    _integer("copies", "of each of its snapshots; -1: one where there are several domains"),
+    _integer("distance", "domains from its own to that of the first copy"),
+    Field(
+        name="held",
+        kind=Kind.OBJECTS,
+        about="copies that it keeps",
+        required=False,
+        inside=(_integer("owner", "whose snapshot it is"), *_HOLDING),
+    ),
+)
 _LISTED = (
     _STEP,
     _integer("generation", "that saved it", required=False),
@@ -138,6 +152,13 @@ _REPORTS = (
                 name="inventory", kind=Kind.OBJECTS, about="snapshots held in memory", required=False, inside=_HOLDING
             ),
             _text("shm_dir", "where they are"),
+            Field(
+                name="peer",
+                kind=Kind.OBJECT,
+                about="where the supervisor listens for others, and the copies of their snapshots that it keeps",
+                required=False,
+                inside=_PEER,
+            ),
             _text("host", "on which host"),
         ),
     ),

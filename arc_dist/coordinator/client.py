@@ -96,8 +96,12 @@ class Methods:
         inventory: Sequence[Mapping[str, Any]],
         shm_dir: str,
         host: str,
+        peer: Mapping[str, Any] | None = None,
     ) -> _Json:
-        """No process of an older generation is left, and `generation` can be started."""
+        """No process of an older generation is left, and `generation` can be started.
+
+        `peer`: where the supervisor listens for others, and the copies that it keeps; see `coordinator.peers`.
+        """
         body = {
             "rank": rank,
             "generation": generation,
@@ -105,6 +109,7 @@ class Methods:
             "inventory": list(inventory),
             "shm_dir": shm_dir,
             "host": host,
+            "peer": None if peer is None else dict(peer),
         }
         return self.call("ready", body)
 

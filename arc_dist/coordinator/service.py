@@ -9,6 +9,7 @@ What comes out of order, twice or from the past is the rules' business; see `pro
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from arc_dist.coordinator.board import Board, Reading
 from arc_dist.coordinator.hangs import HangDesk
 from arc_dist.coordinator.hosts import HostDesk
 from arc_dist.coordinator.journal import Journal
+from arc_dist.coordinator.peers import PeerDesk
 from arc_dist.coordinator.records import (
     INCIDENTS_NAME,
     append_incident,
@@ -126,6 +128,9 @@ class Coordinator:
         self._append_again_s = 0.0
         self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
         self._board = Board()
+        # Names the job through all its restarts, as long as its journal is kept: what memory holds is known by it.
+        last = journal.last if journal is not None else None
+        self._lineage = str((last or {}).get("lineage") or secrets.token_hex(16))
         self._job = self._revived(journal)
         saves = Saves(world_size=world_size, poisoned=self._job.known.poison)
         self._saves = SaveDesk(
@@ -136,6 +141,7 @@ class Coordinator:
             clock=clock,
         )
         self._hosts = hosts or HostDesk(world_size, PulseRules(), clock)
+        self._peers = PeerDesk(world_size)
         self._hangs = HangDesk(world_size, run_dir, clock, self._note)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
@@ -227,12 +233,13 @@ class Coordinator:
             )
         member = Member(host=fields.text("host"), pid=fields.integer("pid"), shm_dir=fields.text("shm_dir"))
         self._apply(Joined(rank=rank, member=member))
-        return {"generation": self._job.awaited, "sender": identity_of(member)}
+        return {"generation": self._job.awaited, "sender": identity_of(member), "lineage": self._lineage}
 
     def _ready(self, fields: Fields) -> dict[str, Any]:
         rank, generation = self._rank(fields), fields.integer("generation")
         holdings = tuple(read_holding(entry) for entry in fields.mappings("inventory", max_items=_MAX_HOLDINGS))
         inventory = Inventory(host=fields.text("host"), shm_dir=fields.text("shm_dir"), holdings=holdings)
+        inventory = self._peers.take(rank, fields.mapping_or_none("peer"), inventory)
         # A restarted coordinator may have forgotten a first join, which is not journaled. Were the member not known
         # when the generation runs, its successor would be taken for the first one, and nobody would end what it left.
         member = member_of(fields.text("sender", default=""), inventory.host, inventory.shm_dir)
@@ -314,6 +321,7 @@ class Coordinator:
             answer["leaving"] = told.leaving
         if told.order is Order.RUN and self._job.plan is not None:
             answer |= {"plan": {**self._job.plan.as_dict(), "flush": self._job.flushing}, "store": self._store}
+            answer["peers"] = self._peers.directions(rank, self._job.plan)
         if told.order is Order.STOP and self._job.stop is not None:
             stop = self._job.stop
             answer |= {"exit_code": stop.exit_code, "blame_rank": stop.blame_rank, "traceback": stop.traceback}
@@ -494,7 +502,8 @@ class Coordinator:
         if self._journal is None:
             return
         try:
-            self._journal.append({**durable(job), "world_size": self._config.world_size, "store": self._store})
+            record = {"world_size": self._config.world_size, "store": self._store, "lineage": self._lineage}
+            self._journal.append({**durable(job), **record})
             self._journal_error = None
         except StoreError as error:
             if self._journal_error is None:

@@ -21,7 +21,7 @@ from arc_dist.config import Env
 from arc_dist.errors import ConfigError, ExitCode
 from arc_dist.launch import endings, nodes
 from arc_dist.launch.options import add_settings, settings_to_arguments
-from arc_dist.snapshot.directory import OwnedDirectory
+from arc_dist.snapshot.directory import OwnedDirectory, collect_of_agent
 
 _PREFIX = "arc-"
 _TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -88,6 +88,16 @@ def run(argv: Sequence[str]) -> int:
         return int(ExitCode.CONFIGURATION)
     finally:
         owned.close()
+        _collect(arguments.arc_shm_root)
+
+
+def _collect(shm_root: str | None) -> None:
+    """Nobody is started again by this process, so nobody will take over what its ranks left in memory."""
+    root = Path(shm_root) if shm_root else Env.read().shm_root
+    try:
+        collect_of_agent(root)
+    except OSError as error:
+        print(f"[arc] what the ranks left in {root} was not removed: {error}", file=sys.stderr)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Env]:

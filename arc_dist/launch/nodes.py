@@ -34,12 +34,12 @@ def arrange(arguments: argparse.Namespace, host_timeout_s: float) -> bool:
         return False
     if arguments.rdzv_backend == "c10d" and int(most) > 1 and host_timeout_s:
         _keep_alive(arguments, host_timeout_s)
-    if fewest != most:
-        # Else torchrun (2.13) lets ranks meet in a store that it made in its first round; a node that joins later does
-        # not know it and waits for another one, for ever.
+    if int(most) > 1:
+        # Else torchrun (2.13) lets ranks meet in a store that it made in its first round; a node that joins later, or
+        # takes the place of a lost one, does not know it and waits for another one, for ever.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        if arguments.rdzv_backend == "c10d" and arguments.rdzv_endpoint:
-            _let_shrink(arguments, int(fewest))
+    if fewest != most and arguments.rdzv_backend == "c10d" and arguments.rdzv_endpoint:
+        _let_shrink(arguments, int(fewest))
     return True
 
 

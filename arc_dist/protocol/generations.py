@@ -229,9 +229,9 @@ def _poisoned(config: JobConfig, job: Job, event: Poisoned, now_s: float) -> _An
 
 def _listed(config: JobConfig, job: Job, event: Listed, now_s: float) -> _Answer:
     committed = frozenset(entry for entry in job.known.committed if entry.url != event.url) | event.committed
-    if committed == job.known.committed:
+    if committed == job.known.committed and job.known.remembered is None:
         return job, "known already", ()
-    known = dataclasses.replace(job.known, committed=committed)
+    known = dataclasses.replace(job.known, committed=committed, remembered=None)
     return dataclasses.replace(job, known=known), f"{event.url} holds {len(event.committed)} checkpoints", ()
 
 
@@ -402,7 +402,8 @@ def _start(config: JobConfig, job: Job, now_s: float) -> _Answer | None:
             return _over(job, stop, now_s)
         job = dataclasses.replace(job, flushing=True)
     known = job.known
-    if job.generation > job.first:
+    has_past = any(inventory.holdings or inventory.copies for inventory in job.ready.values())
+    if job.generation > job.first or has_past:
         known = known.with_restored(Restored(generation=job.generation, step=plan.step))
     job = dataclasses.replace(job, phase=Phase.RUNNING, since_s=now_s, plan=plan, known=known, ready={}, reached=0)
     return job, plan.reason, (GenerationRuns(plan=plan),)

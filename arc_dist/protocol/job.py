@@ -12,7 +12,7 @@ from typing import Any
 
 from arc_dist.protocol.budgets import BudgetPolicy, Cause, Death, Ledger
 from arc_dist.protocol.hosts import Blamed
-from arc_dist.protocol.pick import Inventory, Known, Plan, Poison, Restored
+from arc_dist.protocol.pick import Committed, Inventory, Known, Plan, Poison, Restored, newest_committed
 from arc_dist.protocol.pulse import Survivors
 
 
@@ -137,14 +137,17 @@ def durable(job: Job) -> dict[str, Any]:
 
     Readiness is left out: it is a statement about processes at a moment, and ranks of which none is known are asked for
     it again. So is progress between decisions, and the list of committed checkpoints: the stores hold the truth, and a
-    store that was emptied in between must not be believed full.
+    store that was emptied in between must not be believed full. Of the newest it is remembered that there was one, so
+    that memory which is older is not taken for the newest state.
 
     The number of ranks is the caller's to add, as `world_size`.
     """
+    newest = newest_committed(job.known) or job.known.remembered
     return {
         "phase": job.phase.value,
         "generation": job.generation,
         "first": job.first,
+        "remembered": dataclasses.asdict(newest) if newest else None,
         "members": {str(rank): member.as_dict() for rank, member in job.members.items()},
         "poison": [dataclasses.asdict(poison) for poison in job.known.poison],
         "restored": [dataclasses.asdict(restored) for restored in job.known.restored],
@@ -173,6 +176,7 @@ def revive(config: JobConfig, record: Mapping[str, Any], now_s: float) -> Job:
     known = Known(
         poison=tuple(Poison(**poison) for poison in record["poison"]),
         restored=tuple(Restored(**restored) for restored in record["restored"]),
+        remembered=Committed(**record["remembered"]) if record.get("remembered") else None,
     )
     phase, generation = Phase(record["phase"]), int(record["generation"])
     if phase.is_over or record.get("world_size", config.world_size) != config.world_size:

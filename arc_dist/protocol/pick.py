@@ -1,8 +1,8 @@
 """The step that all ranks restore, and where each rank finds it.
 
-**Whole.** A step is whole in memory when every rank has a source of it: a snapshot in its own memory, or, where the
-ranks are replicas (plain DDP), a copy that a peer on the same host holds. It is whole on disk when its checkpoint is
-committed. Half a step is never used.
+**Whole.** A step is whole in memory when every rank has a source of it: a snapshot in its own memory; where the ranks
+are replicas (plain DDP), that of a peer on the same host; or a copy of its own snapshot that another supervisor keeps
+(`partners`). It is whole on disk when its checkpoint is committed. Half a step is never used.
 
 **Trusted.** A snapshot counts when it is certified, or when it is a *parting* snapshot: written by a rank that had lost
 a peer, from the last step that all ranks had voted good. A committed checkpoint counts unless it says it is not
@@ -10,7 +10,10 @@ certified.
 
 **Refused for ever.** *Poisoned*: a fault was traced back to before this state was saved. *Abandoned*: a later
 generation restored an older step, so this state belongs to a history that did not happen. Both name the generation
-that they speak of, because the same step number, trained again, is another state.
+that they speak of, because the same step number, trained again, is another state. A copy is refused as its original is.
+
+**What was forgotten.** A restarted coordinator does not know what the stores hold; only the newest commit that it once
+knew of (`Known.remembered`). Memory that is older than that is not taken: the trainers look into the store themselves.
 
 **The choice** is the newest step that is whole, trusted and not refused; at the same step memory comes before disk
 (it is faster, and holds what was not yet written). So `pick` is *monotone*: one more good snapshot never makes the
@@ -71,12 +74,33 @@ class Holding:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A snapshot of rank `owner` that another rank's supervisor, or the one that took its place, keeps whole."""
+
+    owner: int
+    holding: Holding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """What one rank's memory holds, and where that memory is."""
+    """What one rank's memory holds, and where that memory is.
+
+    Attributes:
+        host: ranks of one host can read each other's memory.
+        shm_dir: where the rank's own snapshots are.
+        holdings: the rank's own snapshots.
+        copies: of other ranks' snapshots.
+        distrusted: ranks from which this one could not fetch a copy.
+        recorded: steps of which the memory still has what only this rank knows, without which a peer's snapshot is of
+            no use to it; None when that was not told.
+    """
 
     host: str
     shm_dir: str
     holdings: tuple[Holding, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    distrusted: frozenset[int] = frozenset()
+    recorded: frozenset[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,11 +143,27 @@ class Restored:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the job knows beyond its ranks' memory."""
+    """What the job knows beyond its ranks' memory.
+
+    Attributes:
+        committed: checkpoints that stores are known to hold.
+        poison: see above.
+        restored: see above.
+        remembered: the newest checkpoint that an earlier coordinator knew of, until a store has told what it holds.
+    """
 
     committed: frozenset[Committed] = frozenset()
     poison: tuple[Poison, ...] = ()
     restored: tuple[Restored, ...] = ()
+    remembered: Committed | None = None
+
+    @property
+    def floor(self) -> int:
+        """No step before this one may be taken from memory; -1 for none."""
+        entry = self.remembered
+        if entry is None or self.refusal(entry.step, entry.generation, in_memory=False) is not None:
+            return -1
+        return entry.step
 
     def refusal(self, step: int, generation: int | None, *, in_memory: bool) -> str | None:
         """Why a state of `step` saved by `generation` must not come back, or None when it may."""
@@ -162,14 +202,21 @@ class Known:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a rank finds its state: `rank`'s memory directory and the slot in it."""
+    """Where a rank finds its state: `rank`'s memory directory and the slot in it.
+
+    With a `holder` it is not there yet: that rank's supervisor keeps the copy of `generation`, and the rank's own
+    supervisor fetches it.
+    """
 
     rank: int
     shm_dir: str
     slot: int
+    holder: int | None = None
+    generation: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"rank": self.rank, "shm_dir": self.shm_dir, "slot": self.slot}
+        fields: dict[str, Any] = {"rank": self.rank, "shm_dir": self.shm_dir, "slot": self.slot}
+        return fields if self.holder is None else {**fields, "holder": self.holder, "generation": self.generation}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,23 +297,20 @@ def pick(generation: int, inventories: Mapping[int, Inventory], known: Known) ->
     on_disk = _best_committed(known, refused)
     sources: dict[int, Source] = {}
     step: int | None = None
-    for candidate, holders in _trusted_in_memory(inventories, known, refused):
-        if on_disk is not None and candidate < on_disk.step:
+    copies = _trusted_copies(inventories, known, refused)
+    floor = max(known.floor, on_disk.step if on_disk is not None else -1)
+    for candidate, holders in _trusted_in_memory(inventories, known, refused, also=copies):
+        if candidate < floor:
             break
-        missing = [rank for rank in sorted(inventories) if rank not in holders]
-        refills = _refill(missing, holders, inventories)
-        if refills is not None:
-            step = candidate
-            sources = {
-                rank: Source(rank=giver, shm_dir=inventories[giver].shm_dir, slot=holders[giver].slot)
-                for rank in sorted(inventories)
-                for giver in [refills.get(rank, rank)]
-            }
+        found = _sources(candidate, holders, copies.get(candidate, {}), inventories)
+        if len(found) == len(inventories):
+            step, sources = candidate, found
             break
+        missing = [rank for rank in sorted(inventories) if rank not in found]
         refused.append(Refusal(step=candidate, reason=f"not held for {_ranks(missing)}"))
 
     if step is not None:
-        borrowed = [rank for rank, source in sources.items() if source.rank != rank]
+        borrowed = [rank for rank, source in sources.items() if source.rank != rank or source.holder is not None]
         tier, reason = Tier.MEMORY, f"step {step} is the newest that all ranks have in memory"
         if borrowed:
             reason += f" ({_ranks(borrowed)} from a peer)"
@@ -315,10 +359,10 @@ def _order(entry: Committed) -> tuple[int, int, str]:
 
 
 def _trusted_in_memory(
-    inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal]
+    inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal], *, also: Iterable[int]
 ) -> Iterator[tuple[int, dict[int, Holding]]]:
-    """Steps of which some rank has a usable snapshot, newest first, each with the best one per rank."""
-    by_step: dict[int, dict[int, Holding]] = {}
+    """Steps of which some rank has a usable snapshot, and those in `also`, newest first, with the best one per rank."""
+    by_step: dict[int, dict[int, Holding]] = {step: {} for step in also}
     for rank, inventory in inventories.items():
         for holding in inventory.holdings:
             why_not = known.refusal(holding.step, holding.generation, in_memory=True)
@@ -335,21 +379,59 @@ def _trusted_in_memory(
         yield step, by_step[step]
 
 
-def _refill(
-    missing: Iterable[int], holders: Mapping[int, Holding], inventories: Mapping[int, Inventory]
-) -> dict[int, int] | None:
-    """For each rank without the step a peer on its host that can stand in, or None when one has no such peer."""
+def _trusted_copies(
+    inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal]
+) -> dict[int, dict[int, dict[int, Holding]]]:
+    """Usable copies: by step, owner and holder the best one."""
+    by_step: dict[int, dict[int, dict[int, Holding]]] = {}
+    for holder, inventory in inventories.items():
+        for copy in inventory.copies:
+            held = copy.holding
+            why_not = known.refusal(held.step, held.generation, in_memory=True)
+            if why_not is None and not held.trusted:
+                why_not = f"not certified in rank {holder}'s copy of rank {copy.owner}"
+            if why_not is not None:
+                refused.append(Refusal(step=held.step, reason=why_not))
+                continue
+            by_holder = by_step.setdefault(held.step, {}).setdefault(copy.owner, {})
+            known_one = by_holder.get(holder)
+            if known_one is None or held.preference > known_one.preference:
+                by_holder[holder] = held
+    return by_step
+
+
+def _sources(
+    step: int,
+    holders: Mapping[int, Holding],
+    copies: Mapping[int, Mapping[int, Holding]],
+    inventories: Mapping[int, Inventory],
+) -> dict[int, Source]:
+    """A source for each rank that has one: its own memory before a peer's on its host, that before a copy."""
     givers: dict[str, list[int]] = {}
     for rank in sorted(holders):
         if holders[rank].replicated:
             givers.setdefault(inventories[rank].host, []).append(rank)
-    refills: dict[int, int] = {}
-    for rank in missing:
-        peers = givers.get(inventories[rank].host)
-        if not peers:
-            return None
-        refills[rank] = peers[rank % len(peers)]  # spreads the reading over the peers
-    return refills
+    found: dict[int, Source] = {}
+    for rank in sorted(inventories):
+        mine = inventories[rank]
+        peers = [rank] if rank in holders else givers.get(mine.host)
+        if peers and (rank in holders or mine.recorded is None or step in mine.recorded):
+            giver = peers[rank % len(peers)]  # spreads the reading over the peers
+            found[rank] = Source(rank=giver, shm_dir=inventories[giver].shm_dir, slot=holders[giver].slot)
+            continue
+        by_holder = {holder: held for holder, held in copies.get(rank, {}).items() if holder not in mine.distrusted}
+        if by_holder:
+            near = [holder for holder in by_holder if inventories[holder].host == mine.host]
+            holder = min(near or by_holder)
+            held = by_holder[holder]
+            found[rank] = Source(
+                rank=rank,
+                shm_dir=mine.shm_dir,
+                slot=held.slot,
+                holder=holder,
+                generation=held.generation,
+            )
+    return found
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -5,6 +5,9 @@ Standard library only, for the supervisor's sake.
 Ownership is a lock (flock) on the file `owner`, not a process id: a lock ends with its holder whatever killed it, and
 it means the same in two containers that share /dev/shm but number their processes apart. Children forked by the owner
 hold the lock too, until they exec or end; a directory therefore stays while anything that may write into it lives.
+
+A directory whose owner is gone may still be wanted: by the next life of the same job. Such a one is signed
+(`inheritance.py`), and is collected only when that life does not come.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+
+from arc_dist.snapshot import inheritance
 
 _logger = logging.getLogger(__name__)
 
@@ -50,25 +55,29 @@ class OwnedDirectory:
         unborn.rename(self.path)
         self._pid = os.getpid()
 
-    def close(self) -> None:
-        """Removes the directory. In a forked child this only gives up the child's share of the lock."""
+    def close(self, *, keep: bool = False) -> None:
+        """Removes the directory, unless it is to be kept. In a forked child only its share of the lock is given up."""
         if self._owner_fd < 0:
             return
-        if os.getpid() == self._pid:
+        if os.getpid() == self._pid and not keep:
             remove_directory(self.path)
         os.close(self._owner_fd)
         self._owner_fd = -1
 
 
 def collect_dead(root: Path) -> list[Path]:
-    """Removes this user's directories under `root` whose owners are gone, and returns what was removed."""
+    """Removes this user's directories under `root` whose owners are gone, and returns what was removed.
+
+    Not those that a next life of their job may still come for.
+    """
     removed: list[Path] = []
     uid = f"{os.getuid()}-"
     for path in root.iterdir():
         if path.name.startswith(_UNBORN_PREFIX + uid):
             dead = _is_old(path)
         elif path.name.startswith(_PREFIX + uid):
-            dead = _is_unlocked(path / "owner")
+            # A signature first: one that is being taken over meanwhile is unlocked only once it is empty.
+            dead = not inheritance.is_awaited(path) and is_unlocked(path / "owner")
         else:
             continue
         if dead:
@@ -77,10 +86,17 @@ def collect_dead(root: Path) -> list[Path]:
     return removed
 
 
+def collect_of_agent(root: Path) -> None:
+    """Removes what was kept for ranks that this process, a launcher's agent, would have started again."""
+    for path in owned_directories(root):
+        if inheritance.is_of_agent(path, os.getpid()) and is_unlocked(path / "owner"):
+            remove_directory(path)
+
+
 def remove_directory(path: Path) -> None:
     """Removes one of our directories, and the files outside it that its slots were moved to for lack of memory."""
     with contextlib.suppress(FileNotFoundError):
-        for entry in path.iterdir():
+        for entry in path.rglob("*"):
             if entry.is_symlink():
                 remove_spill(entry)
     _remove_tree(path)
@@ -110,7 +126,14 @@ def remove_spill(link: Path) -> None:
     link.unlink(missing_ok=True)
 
 
-def _is_unlocked(owner: Path) -> bool:
+def owned_directories(root: Path) -> list[Path]:
+    """This user's directories under `root`, whoever owns them."""
+    prefix = f"{_PREFIX}{os.getuid()}-"
+    return sorted(path for path in root.iterdir() if path.name.startswith(prefix))
+
+
+def is_unlocked(owner: Path) -> bool:
+    """Whether nobody holds the lock on a directory's `owner` file."""
     try:
         descriptor = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

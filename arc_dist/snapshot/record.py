@@ -119,6 +119,17 @@ class StepRecord:
         return self._copies
 
 
+def recorded_steps(directory: Path) -> list[int]:
+    """The steps that an earlier process recorded in a rank's directory."""
+    if not (directory / "record-0.bin").exists():
+        return []  # looking must not make any
+    record = StepRecord(directory)
+    try:
+        return record.steps()
+    finally:
+        record.close()
+
+
 class _Copy:
     """One of the two files, mapped."""
 

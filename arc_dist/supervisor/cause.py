@@ -23,10 +23,11 @@ class Cause:
     """Why a trainer ended.
 
     Attributes:
-        kind: ``finished``, ``signal``, ``exception``, ``exit``, ``oom`` or ``hang``.
+        kind: ``finished``, ``signal``, ``exception``, ``exit``, ``oom``, ``hang`` or ``lost``.
         returncode: the exit code, or minus the signal.
         exception: what `exception.json` said, for kind ``exception``.
-        evidence: for ``oom``, what the judgement rests on; for ``hang``, where it hung.
+        evidence: for ``oom``, what the judgement rests on; for ``hang``, where it hung; for ``lost``, why its state
+            cannot be had.
     """
 
     kind: str

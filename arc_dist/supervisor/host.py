@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from arc_dist.config import Env, default_run_dir
@@ -23,8 +23,9 @@ from arc_dist.coordinator.tls import Certificate
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, ExitCode
 from arc_dist.preemption.file import NoticeFile, seconds_since_1970
 from arc_dist.protocol.pulse import PulseRules
-from arc_dist.snapshot.directory import OwnedDirectory
 from arc_dist.supervisor import process, zygote
+from arc_dist.supervisor.copies import open_peers
+from arc_dist.supervisor.estate import Estate
 from arc_dist.supervisor.events import Event, Events, Noticed, Signalled, ZygoteLost, ZygoteSaid
 from arc_dist.supervisor.membership import Membership
 from arc_dist.supervisor.pulse import Pulse, RendezvousLease
@@ -92,7 +93,7 @@ def supervise(
 
 
 class _World:
-    """One world of ranks, as long as it lasts: the rank's directory, the coordinator, this rank's place in it."""
+    """One world of ranks, as long as it lasts: this rank's directory, place and copies, and the coordinator."""
 
     def __init__(self, env: Env, membership: Membership, meeting: Meeting | None) -> None:
         self._env = env
@@ -105,9 +106,8 @@ class _World:
     def __enter__(self) -> _World:
         env, membership = self._env, self._membership
         with contextlib.ExitStack() as stack:
-            directory = _own_directory(env.shm_root, f"{env.job_id}-r{membership.rank}")
-            stack.callback(directory.close)
-            self.shm_dir = directory.path
+            self._estate = stack.enter_context(Estate(env, membership))
+            self.shm_dir = self._estate.path
             if membership.rank == 0:
                 self._lease = _lease(env)
                 self._address, self._client, self._server = self._host_coordinator(stack)
@@ -119,11 +119,17 @@ class _World:
                 found = _find_coordinator(env, membership, self._meeting, str(self.shm_dir))
                 self._address, self._client, answer = found
             self._generation = int(answer["generation"])
+            lineage = str(answer["lineage"])
+            self._estate.claim(lineage)
+            self._peers = open_peers(env, membership, self.shm_dir, self._address.token, lineage, self._client)
+            stack.callback(self._peers.close)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def run(
         self, trainers: Trainers, events: Events[Event], stores: GenerationStores | None, *, is_guarded: bool
@@ -147,6 +153,7 @@ class _World:
             grace_s=env.grace_s,
             preempt_signals=env.preempt_signals,
             is_guarded=is_guarded,
+            peers=self._peers,
         )
         supervisor = Supervisor(setup, self._client, trainers, events)
         reporter = StepReporter(membership.rank, membership.world_size, self.shm_dir, self._client)
@@ -169,6 +176,8 @@ class _World:
             pulse.close(says=is_over)
             self._part(supervisor)
         _await_launcher(ending, membership, supervisor)
+        if not ending.survivors:  # a smaller world cannot use this one's memory
+            self._estate.ends_with(ending.returncode, was_told=ending.was_told, has_run=supervisor.has_run)
         return ending
 
     def _host_coordinator(
@@ -319,19 +328,6 @@ def _job_id(env: Env, membership: Membership) -> str:
         return membership.run_id
     pid = os.getppid() if membership.has_agent_store else os.getpid()
     return f"job-{pid}-{process.start_ticks(pid) or 0}"
-
-
-def _own_directory(root: Path, label: str) -> OwnedDirectory:
-    if not root.is_dir():
-        raise ConfigError(
-            f"{root} shall hold snapshots but is no directory. Set ARC_SHM_ROOT to one, such as /dev/shm."
-        )
-    try:
-        return OwnedDirectory(root, label)
-    except OSError as error:
-        raise ConfigError(
-            f"no directory for snapshots can be made in {root}: {error}. Set ARC_SHM_ROOT to a writable directory."
-        ) from error
 
 
 @contextlib.contextmanager

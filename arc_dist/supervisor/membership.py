@@ -16,9 +16,11 @@ class Membership:
         rank: this rank.
         world_size: number of ranks.
         local_rank: number of this rank on its host.
+        local_world_size: number of ranks on its host, as far as that is known.
         num_launchers: how many launchers (torchrun's agents, one per node) have started ranks of this world.
         run_id: the launcher's name of the job, or None when it has none.
         restart_count: how often torchrun's agent has restarted its workers.
+        max_restarts: how often it may.
         store_host: where the launcher's store is or is to be; None with a world of one and no launcher.
         store_port: its port.
         has_agent_store: the launcher's agent serves that store, so that rank 0 need not.
@@ -30,9 +32,11 @@ class Membership:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     num_launchers: int = 1
     run_id: str | None = None
     restart_count: int = 0
+    max_restarts: int = 0
     store_host: str | None = None
     store_port: int = 0
     has_agent_store: bool = False
@@ -63,9 +67,11 @@ class Membership:
             rank=rank,
             world_size=world_size,
             local_rank=_number(environ, "LOCAL_RANK", 0),
+            local_world_size=max(1, _number(environ, "LOCAL_WORLD_SIZE", 1)),
             num_launchers=_number(environ, "GROUP_WORLD_SIZE", 1),
             run_id=run_id if run_id not in ("", "none") else None,
             restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+            max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0),
             store_host=host,
             store_port=_number(environ, "MASTER_PORT", 0) if host is not None else 0,
             has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",

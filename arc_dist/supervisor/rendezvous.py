@@ -179,6 +179,12 @@ def advertised_host(membership: Membership) -> tuple[str, str]:
     return (membership.store_host if local == address[0] else local), local
 
 
+def own_address(membership: Membership) -> tuple[str, str]:
+    """As `advertised_host`, but never by MASTER_ADDR's name: the numeric address that other hosts reach this one by."""
+    _, local = advertised_host(membership)
+    return local, local
+
+
 def host_identity() -> str:
     """Names this host: its boot id, because containers share host names and snapshots are found by host."""
     name = socket.gethostname()

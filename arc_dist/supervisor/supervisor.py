@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arc_dist.errors import ArcError, CoordinatorUnavailable, ExitCode, InfrastructureError
+from arc_dist.peers.service import Peers
 from arc_dist.snapshot import layout
 from arc_dist.supervisor import cause as causes
 from arc_dist.supervisor import process, wire, zygote
+from arc_dist.supervisor.copies import Restocker
 from arc_dist.supervisor.departure import Departure
 from arc_dist.supervisor.events import (
     Condemned,
@@ -84,6 +86,7 @@ class Client(Protocol):
         inventory: list[dict[str, Any]],
         shm_dir: str,
         host: str,
+        peer: dict[str, Any] | None = None,
     ) -> dict[str, Any]: ...
     def died(self, *, rank: int, generation: int, cause: dict[str, Any], step: int | None) -> dict[str, Any]: ...
     def finished(self, *, rank: int, generation: int) -> dict[str, Any]: ...
@@ -129,6 +132,7 @@ class Setup:
         grace_s: from a preemption notice to the end of all processes.
         preempt_signals: which signals are notices.
         is_guarded: the script's optimizer steps are counted, so that it is known whether there were any.
+        peers: sends, keeps and fetches copies of snapshots.
     """
 
     rank: int
@@ -141,6 +145,7 @@ class Setup:
     grace_s: float
     preempt_signals: tuple[int, ...]
     is_guarded: bool
+    peers: Peers | None = None
 
 
 class Supervisor:
@@ -159,6 +164,15 @@ class Supervisor:
         self._incident: Incident | None = None
         self._furthest = 0
         self._watcher = Watcher(setup.rank, setup.shm_dir, lambda: self._trainers.current, client, events)
+        self._restocker = Restocker(
+            peers=setup.peers,
+            rank=setup.rank,
+            client=client,
+            wait=self._wait,
+            insist=self._insist,
+            watch=lambda generation: self._poller.ask(generation, after="run"),
+            is_over=lambda: self._directive is not None or self._leaving_by is not None,
+        )
         self._following = "run"  # the order about the present generation that is being followed
         self._departure = Departure(
             trainers=self._trainers,
@@ -222,6 +236,11 @@ class Supervisor:
         return self._leaving_by is not None
 
     @property
+    def has_run(self) -> bool:
+        """Whether it forked a trainer."""
+        return self._trainers.current is not None
+
+    @property
     def was_preempted(self) -> bool:
         """Whether the job was told to go."""
         return self._departure.has_begun
@@ -236,6 +255,7 @@ class Supervisor:
     def _say_ready(self, generation: int) -> None:
         setup = self._setup
         store = setup.store_for(generation) if setup.store_for is not None else None
+        peer = setup.peers.introduction() if setup.peers is not None else None
         inventory = self._trainers.inventory()
         self._insist(
             lambda: self._client.ready(
@@ -245,14 +265,17 @@ class Supervisor:
                 inventory=inventory,
                 shm_dir=str(setup.shm_dir),
                 host=setup.host,
+                peer=peer,
             )
         )
 
     def _run_generation(self, generation: int, directive: dict[str, Any]) -> Ending | None:
         """Forks the trainer and waits until it is over; None when the next directive says how to go on."""
         self._departure.is_flushing = bool((directive.get("plan") or {}).get("flush"))
-        trainer = self._fork(generation, directive)
         self._following = "run"
+        if not self._restocker.prepare(generation, directive):
+            return None
+        trainer = self._fork(generation, directive)
         self._poller.ask(generation, after="run")
         if self._setup.store_for is not None:
             self._setup.store_for(generation + 1)
@@ -278,6 +301,7 @@ class Supervisor:
             "ARC_GENERATION": str(generation),
             "ARC_SHM_DIR": str(setup.shm_dir),
             "ARC_PLAN": wire.dumps(plan),
+            "ARC_HAS_PEERS": str(int(bool((directive.get("peers") or {}).get("partners")))),
         }
         if setup.uses_store:
             store = directive["store"]
