@@ -85,6 +85,7 @@ def test_membership_of_torchruns_environment() -> None:
         store_host="host0",
         store_port=29500,
         has_agent_store=True,
+        has_agents=True,
     )
     assert Membership.read({}) == Membership()
     assert Membership.read({"TORCHELASTIC_RUN_ID": "none"}).run_id is None
