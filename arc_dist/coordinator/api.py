@@ -198,6 +198,16 @@ _REPORTS = (
     ),
     Route(
         verb="POST",
+        path="/v1/pulse",
+        about="The rank's supervisor lives, on that node; or ends as it should.",
+        fields=(
+            _RANK,
+            Field(name="node", kind=Kind.INTEGER, about="number of its node among those of the launcher"),
+            Field(name="leaving", kind=Kind.BOOLEAN, required=False, about="it will not be heard any more"),
+        ),
+    ),
+    Route(
+        verb="POST",
         path="/v1/watched",
         about="Where a rank is and for how long. Answers whether all are being asked, and whether this one is to end.",
         fields=(
