@@ -64,7 +64,7 @@ def check(hosts: Hosts, toy: Toy, *, fetched: list[int], step: int = BLOCK_AT - 
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
 def test_a_lost_host_is_replaced_and_its_ranks_go_on_from_copies(kind, tmp_path, shm_root):
     """DDP, too, when it is asked for: what a rank alone knows (random state) is lost with its host."""
     toy = TOYS[kind]
@@ -105,7 +105,7 @@ def flip_a_bit(root: Path, *, owner: int, step: int) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_all_supervisors_end_and_the_next_ones_take_over_what_is_left(swapped, tmp_path, shm_root):
     """As under torchrun, whose agents start all ranks again when one is lost; and may number the hosts otherwise."""
     toy = TOYS["fsdp"]
@@ -124,6 +124,7 @@ def test_all_supervisors_end_and_the_next_ones_take_over_what_is_left(swapped, t
             check(hosts, toy, fetched=[2, 3])
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_memory_is_not_taken_over_when_the_journal_is_gone(tmp_path, shm_root):
     """Nobody knows then what was given up, so the job begins anew; and the old directories are not awaited for ever."""
