@@ -28,7 +28,9 @@ def place_of(share: Share, *, epoch: int, index: int, ordinal: int, count: int) 
 
     Args:
         share: what of the run this rank computes.
-        epoch, index, ordinal: of the first batch.
+        epoch: of the first batch, from 0.
+        index: of the first batch in its epoch.
+        ordinal: of the first batch in the run.
         count: micro-batches from there on.
     """
     samples: list[int] = []

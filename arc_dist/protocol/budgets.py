@@ -348,7 +348,9 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
 
     if ledger.restarts >= policy.max_restarts:
         code = own_code if cause.is_users else ExitCode.INFRASTRUCTURE
-        return after, Judgement(root=root, stop_code=code, reason=f"{told}; all {ledger.restarts} restarts are used up")
+        spent = f"all {ledger.restarts} restarts are used up" if policy.max_restarts else "no restart is allowed"
+        reason = f"{told}; {spent} (ARC_MAX_RESTARTS={policy.max_restarts})"
+        return after, Judgement(root=root, stop_code=code, reason=reason)
 
     if ended.preempted:
         return free, preempted
