@@ -37,6 +37,10 @@ class Env:
     hang_deadline_s: float | None = None  # ARC_HANG_DEADLINE_S, for users: the default of Arc(hang_deadline_s=...)
     grace_s: float = 30.0  # ARC_GRACE_S, for users: from a preemption notice to the end of all processes
     preempt_signals: tuple[int, ...] = (int(signal.SIGTERM),)  # ARC_PREEMPT_SIGNALS, for users: which are notices
+    spares: int = 0  # ARC_SPARES, for users: workers of the launcher that stand by instead of training
+    spare_after_s: float = (
+        15.0  # ARC_SPARE_AFTER_S, for users: how long a rank is waited for before a spare replaces it
+    )
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     tls_cert: Path | None = None  # ARC_TLS_CERT, for users: the certificate that the coordinator shows, PEM
     tls_key: Path | None = None  # ARC_TLS_KEY, for users: its key, PEM, without a passphrase
@@ -78,6 +82,8 @@ class Env:
             hang_deadline_s=_seconds(env, "ARC_HANG_DEADLINE_S"),
             grace_s=_grace(env),
             preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
+            spares=_integer(env, "ARC_SPARES", 0),
+            spare_after_s=Env.spare_after_s if (after_s := _seconds(env, "ARC_SPARE_AFTER_S")) is None else after_s,
             preempt_file=_path(env, "ARC_PREEMPT_FILE"),
             tls_cert=_path(env, "ARC_TLS_CERT"),
             tls_key=_path(env, "ARC_TLS_KEY"),

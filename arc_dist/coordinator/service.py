@@ -29,6 +29,7 @@ from arc_dist.coordinator.records import (
     read_holding,
 )
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
+from arc_dist.coordinator.spares import SpareDesk
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
 from arc_dist.protocol import commit as commits
@@ -62,7 +63,7 @@ logger = logging.getLogger("arc_dist.coordinator")
 
 JOURNAL_NAME = "journal.log"
 _METHODS = (
-    *("join", "ready", "died", "finished", "directive", "preempt", "watched"),  # supervisors
+    *("join", "ready", "died", "finished", "directive", "preempt", "watched", "stand_by"),  # supervisors
     *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
     *("incident", "report", "status"),  # what people read
 )
@@ -87,6 +88,7 @@ class Coordinator:
         commit: writes manifests; default: the checkpoint store's.
         starting_timeout_s: see `protocol.job.JobConfig`.
         ending_timeout_s: see `protocol.job.JobConfig`.
+        spare_after_s: how long a rank may be silent while a generation ends before a spare takes its place.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Coordinator:
         commit: CommitPort = default_commit,
         starting_timeout_s: float = 600.0,
         ending_timeout_s: float = 60.0,
+        spare_after_s: float = 15.0,
     ) -> None:
         self._config = JobConfig(
             world_size=world_size,
@@ -132,6 +135,7 @@ class Coordinator:
             clock=clock,
         )
         self._hangs = HangDesk(world_size, run_dir, clock, self._note)
+        self._spares = SpareDesk(spare_after_s, clock, self._changed, self._note)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
         }
@@ -265,6 +269,9 @@ class Coordinator:
 
     def _watched(self, fields: Fields) -> dict[str, Any]:
         return self._hangs.take(self._rank(fields), fields, self._job)
+
+    def _stand_by(self, fields: Fields) -> dict[str, Any]:
+        return self._spares.wait(fields, lambda: self._job, self._apply, self._check_alive)
 
     def _directive(self, fields: Fields) -> dict[str, Any]:
         """Long poll. `after` is the kind of order that the asker already follows; another one is an answer."""

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from arc_dist.config import Env
 from arc_dist.errors import ConfigError, ExitCode
-from arc_dist.launch import endings
+from arc_dist.launch import endings, spares
 from arc_dist.launch.options import add_settings, settings_to_arguments
 from arc_dist.snapshot.directory import OwnedDirectory
 
@@ -54,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if int(arguments.arc_spares or os.environ.get("ARC_SPARES") or 0):  # `_parse` has seen that it is a number
+        spares.prepare(max_nodes=1 if arguments.standalone else int(arguments.nnodes.rpartition(":")[2]))
     owned = OwnedDirectory(Path(tempfile.gettempdir()), "arcrun")
     reports = owned.path / "endings"
     reports.mkdir()
@@ -162,7 +164,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _fit_to_grace(arguments: argparse.Namespace) -> None:
     """Lets torchrun hear the same notices, and wait as long as the grace period before it kills."""
-    named = {"ARC_GRACE_S": arguments.arc_grace_s, "ARC_PREEMPT_SIGNALS": arguments.arc_preempt_signals}
+    named = {
+        "ARC_GRACE_S": arguments.arc_grace_s,
+        "ARC_PREEMPT_SIGNALS": arguments.arc_preempt_signals,
+        "ARC_SPARES": arguments.arc_spares,
+        "ARC_SPARE_AFTER_S": arguments.arc_spare_after_s,
+    }
     try:
         env = Env.read({**os.environ, **{name: value for name, value in named.items() if value is not None}})
     except ConfigError as error:

@@ -28,7 +28,10 @@ exit codes:
 torch is imported before the script runs, so that a restart need not do it again: environment variables that torch
 reads at import must be set before the job starts, or use --no-preload.
 """
-_VALUES = ("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file")
+_VALUES = (
+    *("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file"),
+    *("spares", "spare-after-s"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,16 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         f"--{prefix}preempt-file",
         metavar="FILE",
         help="a file whose appearance is a preemption notice [ARC_PREEMPT_FILE]",
+    )
+    add(
+        f"--{prefix}spares",
+        metavar="N",
+        help="so many of all workers, the last ones, stand by to take the place of lost ones [ARC_SPARES]",
+    )
+    add(
+        f"--{prefix}spare-after-s",
+        metavar="S",
+        help="how long a lost rank is waited for before a spare takes its place, default 15 [ARC_SPARE_AFTER_S]",
     )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(
@@ -135,6 +148,8 @@ def parse(arguments: Sequence[str]) -> Options:
             "ARC_GRACE_S": known.grace_s,
             "ARC_PREEMPT_SIGNALS": known.preempt_signals,
             "ARC_PREEMPT_FILE": known.preempt_file and os.path.abspath(known.preempt_file),
+            "ARC_SPARES": known.spares,
+            "ARC_SPARE_AFTER_S": known.spare_after_s,
             "ARC_LOG_LEVEL": known.log_level,
         }.items()
         if value is not None

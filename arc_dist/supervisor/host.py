@@ -33,6 +33,7 @@ from arc_dist.supervisor.rendezvous import (
     host_identity,
 )
 from arc_dist.supervisor.reporter import StepReporter
+from arc_dist.supervisor.spare import stand_by
 from arc_dist.supervisor.supervisor import Client, Ending, Setup, Supervisor
 from arc_dist.telemetry.log import set_up_logging
 
@@ -67,6 +68,13 @@ def supervise(
         directory = _own_directory(env.shm_root, f"{env.job_id}-r{membership.rank}")
         stack.callback(directory.close)
         meeting = Meeting(membership) if membership.store_host is not None else None
+        if membership.is_spare:
+            assert meeting is not None  # as for a rank above 0
+            outcome = stand_by(env, membership, meeting, directory.path)
+            if isinstance(outcome, Ending):
+                return outcome
+            membership = outcome
+            set_up_logging(level=env.log_level, rank=membership.rank, world_size=membership.world_size)
         if membership.rank == 0:
             address, client, server = _host_coordinator(stack, env, membership, directory.path)
             if meeting is not None:
@@ -86,6 +94,7 @@ def supervise(
             host=host_identity(),
             shm_dir=directory.path,
             environ={
+                **membership.environ,
                 "ARC_COORDINATOR": address.url,
                 "ARC_TOKEN": address.token,
                 "ARC_JOB_ID": address.job_id,
@@ -187,7 +196,13 @@ def _host_coordinator(
     run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
     _, listen = advertised_host(membership)
     certificate = Certificate.of(env.tls_cert, env.tls_key)
-    coordinator = Coordinator.open(membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts)
+    coordinator = Coordinator.open(
+        membership.world_size,
+        run_dir=run_dir,
+        job_id=job_id,
+        max_restarts=env.max_restarts,
+        spare_after_s=env.spare_after_s,
+    )
     stack.callback(coordinator.close)
     server = stack.enter_context(CoordinatorServer(coordinator, host=listen, certificate=certificate))
     address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))

@@ -22,6 +22,7 @@ class Membership:
         store_host: where the launcher's store is or is to be; None with a world of one and no launcher.
         store_port: its port.
         has_agent_store: the launcher's agent serves that store, so that rank 0 need not.
+        spares: how many of the launcher's workers are no ranks, but stand by: those with the highest numbers.
     """
 
     rank: int = 0
@@ -33,10 +34,37 @@ class Membership:
     store_host: str | None = None
     store_port: int = 0
     has_agent_store: bool = False
+    spares: int = 0
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether this worker has no rank. `rank` is then its number among the launcher's workers."""
+        return self.rank >= self.world_size
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers the launcher started."""
+        return self.world_size + self.spares
+
+    def taking(self, rank: int) -> Membership:
+        """This spare in the place of `rank`; it keeps its `local_rank`, and with it its device."""
+        return dataclasses.replace(self, rank=rank)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the launcher would have said without spares, where it said something else."""
+        if not self.spares:
+            return {}
+        rank, world_size = str(self.rank), str(self.world_size)
+        return {"RANK": rank, "WORLD_SIZE": world_size, "ROLE_RANK": rank, "ROLE_WORLD_SIZE": world_size}
 
     @staticmethod
-    def read(environ: Mapping[str, str]) -> Membership:
+    def read(environ: Mapping[str, str], *, spares: int = 0) -> Membership:
         """Reads the variables that torchrun and its like set.
+
+        Args:
+            environ: the process environment.
+            spares: see the attribute.
 
         Raises:
             ConfigError: they contradict each other or are not numbers.
@@ -45,6 +73,13 @@ class Membership:
         if not 0 <= rank < world_size:
             raise ConfigError(
                 f"RANK={rank} does not fit WORLD_SIZE={world_size}. Start with torchrun or arcrun, or set both."
+            )
+        if spares >= world_size:
+            raise ConfigError(
+                f"{spares} of the {world_size} workers are to be spares (ARC_SPARES, arcrun --arc-spares), and none "
+                f"is left to train. Spares are counted among the launcher's workers (nodes x --nproc-per-node): start "
+                f"more workers, or have fewer spares.",
+                spares=spares,
             )
         host = environ.get("MASTER_ADDR") or None
         if host is None and world_size > 1:
@@ -55,7 +90,8 @@ class Membership:
         run_id = environ.get("TORCHELASTIC_RUN_ID")
         return Membership(
             rank=rank,
-            world_size=world_size,
+            world_size=world_size - spares,
+            spares=spares,
             local_rank=_number(environ, "LOCAL_RANK", 0),
             num_launchers=_number(environ, "GROUP_WORLD_SIZE", 1),
             run_id=run_id if run_id not in ("", "none") else None,

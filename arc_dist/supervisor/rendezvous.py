@@ -102,7 +102,7 @@ class Meeting:
         deadline = time.monotonic() + timeout_s
         try:
             while num_connections() > 0 and time.monotonic() < deadline:
-                if self._store.add(self._left_key(token), 0) >= membership.world_size - 1:
+                if self._store.add(self._left_key(token), 0) >= membership.num_workers - 1:
                     return
                 time.sleep(_POLL_S)
         except RuntimeError as error:
