@@ -41,6 +41,9 @@ class Env:
     spare_after_s: float = (
         15.0  # ARC_SPARE_AFTER_S, for users: how long a rank is waited for before a spare replaces it
     )
+    evict: bool = (
+        False  # ARC_EVICT, for users: 1: spares take the ranks of suspected and slow hosts at the next restart
+    )
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     tls_cert: Path | None = None  # ARC_TLS_CERT, for users: the certificate that the coordinator shows, PEM
     tls_key: Path | None = None  # ARC_TLS_KEY, for users: its key, PEM, without a passphrase
@@ -84,6 +87,7 @@ class Env:
             preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
             spares=_integer(env, "ARC_SPARES", 0),
             spare_after_s=Env.spare_after_s if (after_s := _seconds(env, "ARC_SPARE_AFTER_S")) is None else after_s,
+            evict=_switch(env, "ARC_EVICT"),
             preempt_file=_path(env, "ARC_PREEMPT_FILE"),
             tls_cert=_path(env, "ARC_TLS_CERT"),
             tls_key=_path(env, "ARC_TLS_KEY"),
@@ -110,6 +114,13 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
     if value < 0:
         raise ConfigError(f"{name}={text!r} must not be negative. Correct or unset it.", variable=name)
     return value
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    text = env.get(name) or "0"
+    if text not in ("0", "1"):
+        raise ConfigError(f"{name}={text!r} is neither 1 nor 0. Correct or unset it.", variable=name)
+    return text == "1"
 
 
 def _seconds(env: Mapping[str, str], name: str) -> float | None:

@@ -52,12 +52,25 @@ def test_nobody_moves_without_need(situation):
 def test_nobody_unwanted_is_taken_or_kept_while_others_are_left(situation):
     members, spares, lost, unwanted = situation
     seats = assign(members, spares, lost=lost, unwanted=unwanted)
-    left = [spare for spare in spares if spare not in seats.values()]
-    if any(seat.host in unwanted for seat in seats.values()):
-        assert all(spare.host in unwanted for spare in left)
+    left = [spare for spare in spares if spare not in seats.values() and spare.host not in unwanted]
+    kept = [seats[rank].host for rank in seats if seats[rank] == members[rank] and seats[rank].host in unwanted]
+    assert not left or not any(seats[rank].host in unwanted for rank in lost & set(seats))
+    for host in set(kept) - {members[0].host if 0 not in lost else None}:
+        assert len(left) < kept.count(host), "its ranks could all have moved"
     # A lost rank comes before one that is only unwanted.
     if any(rank in lost for rank in set(members) - set(seats)):
         assert all(seats[rank] == members[rank] for rank in seats if rank not in lost)
+
+
+@given(situations())
+def test_a_host_is_left_out_as_a_whole_and_never_rank_0s(situation):
+    members, spares, lost, unwanted = situation
+    seats = assign(members, spares, lost=lost, unwanted=unwanted)
+    moved = {members[rank].host for rank in members if rank not in lost and seats[rank] != members[rank]}
+    kept = {members[rank].host for rank in members if rank not in lost and seats[rank] == members[rank]}
+    assert not moved & kept
+    if 0 not in lost:
+        assert seats[0] == members[0]
 
 
 def job(phase: Phase, *, ready: set[int], generation: int = 3, first: int = 0) -> Job:

@@ -16,6 +16,7 @@ from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
 LIMIT_S = 300.0
+pytestmark = pytest.mark.timeout(900)
 
 
 def plain_body(rank, world_size, toy):
@@ -58,7 +59,6 @@ class Nodes:
         return [int(path.name.partition("-")[2]) for path in (self.out / "trainers").glob(f"{rank}-*")]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_spare_takes_the_rank_of_a_node_that_is_lost(tmp_path, kind):
     toy = Toy(kind=kind, steps=24)

@@ -89,6 +89,7 @@ class Coordinator:
         starting_timeout_s: see `protocol.job.JobConfig`.
         ending_timeout_s: see `protocol.job.JobConfig`.
         spare_after_s: how long a rank may be silent while a generation ends before a spare takes its place.
+        evicts: whether spares take the ranks of hosts that are suspected or slow, too.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Coordinator:
         starting_timeout_s: float = 600.0,
         ending_timeout_s: float = 60.0,
         spare_after_s: float = 15.0,
+        evicts: bool = False,
     ) -> None:
         self._config = JobConfig(
             world_size=world_size,
@@ -135,7 +137,7 @@ class Coordinator:
             clock=clock,
         )
         self._hangs = HangDesk(world_size, run_dir, clock, self._note)
-        self._spares = SpareDesk(spare_after_s, clock, self._changed, self._note)
+        self._spares = SpareDesk(spare_after_s, evicts, clock, self._changed, self._note)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
         }
@@ -237,6 +239,9 @@ class Coordinator:
         member = member_of(fields.text("sender", default=""), inventory.host, inventory.shm_dir)
         if member is not None and rank not in self._job.members:
             self._apply(Joined(rank=rank, member=member))
+        if why := self._spares.evict(rank, generation, self._job, self._hangs.slow_ranks, self._apply):
+            self._hangs.forget(rank)
+            raise Fenced(f"this host is left out of the job ({why}); a spare has taken rank {rank}", rank=rank)
         store = fields.mapping_or_none("store")
         if store is not None and generation == self._job.generation + (self._job.phase is not Phase.STARTING):
             self._store = dict(store)

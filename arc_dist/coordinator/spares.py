@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator
 from typing import Any
 
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
@@ -21,6 +21,7 @@ class SpareDesk:
 
     Args:
         patience_s: see `protocol.spares.lost_ranks`.
+        evicts: whether ranks of hosts that are suspected or slow go to spares at the next restart.
         clock: monotonic seconds.
         changed: the service's condition, notified when the job's state changes.
         note: records an incident.
@@ -29,11 +30,13 @@ class SpareDesk:
     def __init__(
         self,
         patience_s: float,
+        evicts: bool,
         clock: Callable[[], float],
         changed: threading.Condition,
         note: Callable[[dict[str, Any]], None],
     ) -> None:
         self._patience_s = patience_s
+        self._evicts = evicts
         self._clock = clock
         self._changed = changed
         self._note = note
@@ -50,7 +53,7 @@ class SpareDesk:
         """Long poll of a spare: ``take`` a rank, ``done``, ``stop``, or ``wait``: ask again."""
         member = Member(host=fields.text("host"), pid=fields.integer("pid"), shm_dir=fields.text("shm_dir"))
         deadline_s = self._clock() + fields.number("timeout_s", default=0.0, maximum=MAX_POLL_S)
-        with self._standing_by(member):
+        with self._present(member):
             while True:
                 check_alive()
                 self._fill_places(job(), apply)
@@ -71,7 +74,7 @@ class SpareDesk:
                 self._changed.wait(remaining_s)
 
     @contextlib.contextmanager
-    def _standing_by(self, member: Member) -> Iterator[None]:
+    def _present(self, member: Member) -> Generator[None, None, None]:
         self._waiting.append(member)
         try:
             yield
@@ -80,25 +83,41 @@ class SpareDesk:
 
     def _fill_places(self, job: Job, apply: Callable[[Event], None]) -> None:
         """Gives ranks that are lost to spares. The spare's own `join` finds that it is a member already."""
-        now_s = self._clock()
-        lost = spares.lost_ranks(job, self._seated_s, patience_s=self._patience_s, now_s=now_s)
+        lost = spares.lost_ranks(job, self._seated_s, patience_s=self._patience_s, now_s=self._clock())
         if not lost:
             return
+        suspects = spares.unwanted_hosts(job, ())
+        seats = spares.assign(job.members, self._standing_by(job), lost=lost, unwanted=suspects)
+        for rank in sorted(lost & seats.keys()):
+            self._seat(rank, seats[rank], job, apply, f"is lost: it was not ready within {self._patience_s:g} s")
+
+    def evict(self, rank: int, generation: int, job: Job, slow: Collection[int], apply: Callable[[Event], None]) -> str:
+        """Gives the rank of a supervisor to a spare if its host is unwanted; why, or nothing when it stays.
+
+        Asked when the rank says that it is ready for `generation`, so when none of its processes is left.
+        """
+        if not self._evicts or job.phase is not Phase.ENDING or job.preempted or generation != job.awaited:
+            return ""
+        unwanted = spares.unwanted_hosts(job, slow)
+        before = job.members[rank]
+        seats = spares.assign(job.members, self._standing_by(job), lost=(), unwanted=unwanted)
+        if seats[rank] == before:
+            return ""
+        self._seat(rank, seats[rank], job, apply, f"is left out: {unwanted[before.host]}")
+        return unwanted[before.host]
+
+    def _standing_by(self, job: Job) -> list[Member]:
         seated = set(job.members.values())
-        standing_by = [member for member in self._waiting if member not in seated]
-        seats = spares.assign(job.members, standing_by, lost=lost, unwanted=())
-        for rank, member in sorted(seats.items()):
-            before = job.members[rank]
-            if member == before:
-                continue
-            self._seated_s[rank] = now_s
-            cause = (
-                f"the supervisor of rank {rank} on {before.host} (pid {before.pid}) is lost: it was not ready within "
-                f"{self._patience_s:g} s; the spare on {member.host} (pid {member.pid}) takes its place"
-            )
-            logger.warning("%s", cause)
-            self._note(
-                {"kind": "spare_took_over", "ranks": [rank], "generation": job.generation, "cause": cause,
-                 "seen_by": "coordinator"}
-            )  # fmt: skip
-            apply(Joined(rank=rank, member=member))
+        return [member for member in self._waiting if member not in seated]
+
+    def _seat(self, rank: int, spare: Member, job: Job, apply: Callable[[Event], None], why: str) -> None:
+        before = job.members[rank]
+        self._seated_s[rank] = self._clock()
+        cause = (
+            f"the supervisor of rank {rank} on {before.host} (pid {before.pid}) {why}; the spare on {spare.host} "
+            f"(pid {spare.pid}) takes its place"
+        )
+        logger.warning("%s", cause)
+        line = {"kind": "spare_took_over", "ranks": [rank], "generation": job.generation, "cause": cause}
+        self._note({**line, "seen_by": "coordinator"})
+        apply(Joined(rank=rank, member=spare))

@@ -30,7 +30,7 @@ reads at import must be set before the job starts, or use --no-preload.
 """
 _VALUES = (
     *("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file"),
-    *("spares", "spare-after-s"),
+    *("spares", "spare-after-s", "evict"),
 )
 
 
@@ -92,6 +92,11 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         metavar="S",
         help="how long a lost rank is waited for before a spare takes its place, default 15 [ARC_SPARE_AFTER_S]",
     )
+    add(
+        f"--{prefix}evict",
+        metavar="1",
+        help="1: at a restart spares take the ranks of hosts that are suspected or slow, too [ARC_EVICT]",
+    )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(
         f"--{prefix}preload",
@@ -150,6 +155,7 @@ def parse(arguments: Sequence[str]) -> Options:
             "ARC_PREEMPT_FILE": known.preempt_file and os.path.abspath(known.preempt_file),
             "ARC_SPARES": known.spares,
             "ARC_SPARE_AFTER_S": known.spare_after_s,
+            "ARC_EVICT": known.evict,
             "ARC_LOG_LEVEL": known.log_level,
         }.items()
         if value is not None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
+import time
 
-_EXIT_BARRIER_S = 15.0  # all supervisors of a job end within a few seconds of each other
+_OTHERS_LIMIT_S = 10.0  # all supervisors of a job end within a few seconds of each other
+_POLL_S = 0.05
 
 
 def prepare(*, max_nodes: int) -> None:
-    """Call it before torchrun's agent is made."""
+    """Call it before torchrun makes its agent."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher import api
 
     if max_nodes == 1:
@@ -19,7 +21,23 @@ def prepare(*, max_nodes: int) -> None:
             "supervisor is lost. Start them as nodes of their own (--nnodes, docs/spares.md).",
             file=sys.stderr,
         )
-    # An agent that succeeded waits for all others, five minutes (torch 2.13), also for those of nodes that are lost.
-    api.LocalElasticAgent = functools.partial(api.LocalElasticAgent, exit_barrier_timeout=_EXIT_BARRIER_S)
+
+    class Agent(LocalElasticAgent):
+        """Waits less at the end, and says nothing: torchrun's (2.13) waits five minutes for a node that is lost."""
+
+        def _exit_barrier(self) -> None:
+            store, deadline = self._store, time.monotonic() + _OTHERS_LIMIT_S
+            num_agents = self._worker_group.group_world_size
+            if store is None or num_agents is None:
+                return
+            try:
+                ended = store.add("arc/agents-ended", 1)
+                while ended < num_agents and time.monotonic() < deadline:
+                    time.sleep(_POLL_S)
+                    ended = store.add("arc/agents-ended", 0)
+            except RuntimeError:
+                return  # the agent that served the store has ended, and waited for this one as long as it would
+
+    api.LocalElasticAgent = Agent
     # A node that comes back joins later than the others: see `arcrun._may_change_size`.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -9,7 +9,12 @@ coordinator; whoever had the rank before is fenced off like any supervisor that 
 1. Who is neither lost nor unwanted keeps its rank.
 2. Each lost rank gets a spare, the lowest rank first; a wanted spare if one is left, else an unwanted one, because a
    suspected host is better than none. Without any spare the rank stays empty.
-3. Each rank of an unwanted supervisor gets a wanted spare while there are any; else it stays where it is.
+3. The ranks of an unwanted host get wanted spares if there are enough for all of them, and stay where they are
+   otherwise: a launcher's agent that loses one of its workers ends them all. Rank 0's host stays.
+
+**Unwanted**, where the job allows eviction, is the host on which ranks keep dying (`protocol.hosts`), and one with a
+rank that is persistently slow (`protocol.stragglers`). A rank changes its supervisor only at a restart that happens
+anyway, and only once its own process is gone.
 
 **Lost** is who is not ready `patience_s` after a generation began to end (`lost_ranks`). That is no proof: a supervisor
 may only have been slow. It is fenced then, so a mistake costs a spare, and no correctness. Rank 0 is never lost in this
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from arc_dist.protocol import hosts
 from arc_dist.protocol.job import Job, Member, Phase
 
 
@@ -40,10 +46,29 @@ def assign(
     for rank in sorted(rank for rank in members if rank in lost):
         if wanted or rest:
             seats[rank] = wanted.pop(0) if wanted else rest.pop(0)
-    for rank in sorted(seats):
-        if wanted and rank not in lost and seats[rank].host in unwanted:
-            seats[rank] = wanted.pop(0)
+    for host in dict.fromkeys(seats[rank].host for rank in sorted(seats)):
+        ranks = [rank for rank in sorted(seats) if seats[rank].host == host and rank not in lost]
+        if host in unwanted and 0 not in ranks and len(ranks) <= len(wanted):
+            seats |= dict(zip(ranks, wanted, strict=False))
+            wanted = wanted[len(ranks) :]
     return seats
+
+
+def unwanted_hosts(job: Job, slow: Collection[int]) -> dict[str, str]:
+    """Hosts to be left out, each with the reason for people.
+
+    Args:
+        job: its state.
+        slow: ranks that are persistently slower than the others.
+    """
+    all_hosts = {member.host for member in job.members.values()}
+    found = {
+        job.members[rank].host: f"rank {rank} is persistently slow" for rank in sorted(slow) if rank in job.members
+    }
+    suspected = hosts.suspect(job.blamed, all_hosts, job.generation)
+    if suspected is not None:
+        found[suspected[0]] = f"the last {suspected[1]} deaths for reasons of infrastructure were there"
+    return found
 
 
 def lost_ranks(job: Job, seated_s: Mapping[int, float], *, patience_s: float, now_s: float) -> frozenset[int]:

@@ -202,6 +202,7 @@ def _host_coordinator(
         job_id=job_id,
         max_restarts=env.max_restarts,
         spare_after_s=env.spare_after_s,
+        evicts=env.evict,
     )
     stack.callback(coordinator.close)
     server = stack.enter_context(CoordinatorServer(coordinator, host=listen, certificate=certificate))

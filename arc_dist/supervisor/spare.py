@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient
@@ -35,13 +36,14 @@ def stand_by(env: Env, membership: Membership, meeting: Meeting, shm_dir: Path) 
     heard_at, limit_s, found = time.monotonic(), _START_LIMIT_S, None
     problem: Exception | str = "nothing was announced"
     while time.monotonic() - heard_at < limit_s:
-        found = meeting.look_up(timeout_s=1.0) or found
-        if found is None:
-            continue
         try:
+            found = meeting.look_up(timeout_s=1.0) or found
+            if found is None:
+                continue
             answer = _ask(env, found, shm_dir)
-        except (CoordinatorUnavailable, ConfigError) as error:
-            # A rank 0 that is gone may have announced it; an old token is refused by who has its port now.
+        except (CoordinatorUnavailable, ConfigError, RuntimeError) as error:
+            # A rank 0 that is gone may have announced it; an old token is refused by who has its port now. What torch's
+            # stores raise is a RuntimeError: rank 0's supervisor may serve that store, too.
             problem = error
             time.sleep(_RETRY_S)
             continue
@@ -57,7 +59,7 @@ def stand_by(env: Env, membership: Membership, meeting: Meeting, shm_dir: Path) 
     )
 
 
-def _ask(env: Env, found: CoordinatorAddress, shm_dir: Path) -> dict[str, object]:
+def _ask(env: Env, found: CoordinatorAddress, shm_dir: Path) -> dict[str, Any]:
     client = CoordinatorClient(found.url, found.token, timeout_s=_TIMEOUT_S, authority=env.tls_ca)
     try:
         return client.stand_by(host=host_identity(), pid=os.getpid(), shm_dir=str(shm_dir), timeout_s=LONG_POLL_S)
