@@ -173,7 +173,7 @@ class Cause:
         if self.kind is CauseKind.LOST:
             return "lost without a report"
         if self.kind is CauseKind.REPLACED:
-            return "has another supervisor"
+            return "replaced by another supervisor"
         if self.kind is CauseKind.OVERDUE:
             return "did not leave by itself before its grace period was about to end"
         message = self.message.strip()
