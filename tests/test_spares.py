@@ -59,7 +59,8 @@ class Nodes:
         return [int(path.name.partition("-")[2]) for path in (self.out / "trainers").glob(f"{rank}-*")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
 def test_a_spare_takes_the_rank_of_a_node_that_is_lost(tmp_path, kind):
     toy = Toy(kind=kind, steps=24)
     nodes = Nodes(tmp_path, toy, pauses={"1": 9}, settings={"checkpoint_every": 4})
@@ -82,6 +83,7 @@ def test_a_spare_takes_the_rank_of_a_node_that_is_lost(tmp_path, kind):
     assert not list(tmp_path.glob("result-2.json")), "the spare trained as a rank of its own"
 
 
+@pytest.mark.slow
 def test_a_spare_that_is_not_needed_ends_with_the_job(tmp_path):
     """On one node, where it replaces nobody, and that is said."""
     toy = Toy(kind="ddp", steps=4)
@@ -94,9 +96,8 @@ def test_a_spare_that_is_not_needed_ends_with_the_job(tmp_path):
     assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), done
 
 
-@pytest.mark.parametrize("spares", [2, 7])
-def test_spares_that_leave_nobody_to_train(spares):
+def test_spares_that_leave_nobody_to_train():
     argv = [sys.executable, "-m", "arc_dist.launch.arcrun", "--standalone", "--nproc-per-node=2"]
-    done = run_job([*argv, f"--arc-spares={spares}", SCRIPT], timeout_s=LIMIT_S)
+    done = run_job([*argv, "--arc-spares=2", SCRIPT], timeout_s=LIMIT_S)
     assert done.exit_code == 78, done
-    assert f"{spares} of the 2 workers are to be spares" in done.stderr
+    assert "2 of the 2 workers are to be spares" in done.stderr

@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    if int(arguments.arc_spares or os.environ.get("ARC_SPARES") or 0):  # `_parse` has seen that it is a number
+    if arguments.arc_spares:
         spares.prepare(max_nodes=1 if arguments.standalone else int(arguments.nnodes.rpartition(":")[2]))
     owned = OwnedDirectory(Path(tempfile.gettempdir()), "arcrun")
     reports = owned.path / "endings"
@@ -175,6 +175,7 @@ def _fit_to_grace(arguments: argparse.Namespace) -> None:
     except ConfigError as error:
         print(f"arcrun: {error}", file=sys.stderr)
         sys.exit(int(ExitCode.CONFIGURATION))
+    arguments.arc_spares = env.spares or None
     if arguments.shutdown_timeout is None and _TORCHRUN_VARIABLE not in os.environ:
         arguments.shutdown_timeout = max(_TORCHRUN_SHUTDOWN_S, math.ceil(env.grace_s))
     heard = arguments.signals_to_handle.split(",")
