@@ -40,6 +40,9 @@ class Env:
     host_timeout_s: float = 15.0  # ARC_HOST_TIMEOUT_S, for users: silence after which a host is lost; 0 loses none
     min_nodes: int = 0  # ARC_MIN_NODES: the fewest nodes that the launcher allows; set by arcrun
     rendezvous: str | None = None  # ARC_RENDEZVOUS: host:port where the launcher's agents meet; set by arcrun
+    spares: int = 0  # ARC_SPARES, for users: workers of the launcher that stand by instead of training
+    spare_after_s: float = 15.0  # ARC_SPARE_AFTER_S, for users: patience with a silent rank before a spare replaces it
+    evict: bool = False  # ARC_EVICT, for users: 1: spares take the ranks of suspected and slow hosts at restarts
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     peer_copies: int | None = None  # ARC_PEER_COPIES, for users: of each sharded snapshot; None decides by the hosts
     peer_distance: int = 1  # ARC_PEER_DISTANCE, for users: failure domains from a rank's to that of its first copy
@@ -89,6 +92,9 @@ class Env:
             host_timeout_s=_host_timeout(env),
             min_nodes=_integer(env, "ARC_MIN_NODES", 0),
             rendezvous=env.get("ARC_RENDEZVOUS") or None,
+            spares=_integer(env, "ARC_SPARES", 0),
+            spare_after_s=Env.spare_after_s if (after_s := _seconds(env, "ARC_SPARE_AFTER_S")) is None else after_s,
+            evict=_switch(env, "ARC_EVICT"),
             preempt_file=_path(env, "ARC_PREEMPT_FILE"),
             peer_copies=_copies(env),
             peer_distance=_positive(env, "ARC_PEER_DISTANCE") or Env.peer_distance,
@@ -134,6 +140,13 @@ def _positive(env: Mapping[str, str], name: str) -> int | None:
 def _copies(env: Mapping[str, str]) -> int | None:
     name = "ARC_PEER_COPIES"
     return None if (env.get(name) or "auto").lower() == "auto" else _integer(env, name, 0)
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    text = env.get(name) or "0"
+    if text not in ("0", "1"):
+        raise ConfigError(f"{name}={text!r} is neither 1 nor 0. Correct or unset it.", variable=name)
+    return text == "1"
 
 
 def _seconds(env: Mapping[str, str], name: str) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from arc_dist.data.place import mark
 from arc_dist.data.source import Batch, BatchSource
 from arc_dist.engine import Engine
 from arc_dist.errors import ConfigError
@@ -121,6 +122,7 @@ class GuardedLoop:
             try:
                 result = self._step(batches, began, fetched)
             except Exception as error:
+                mark(error, self._source.whereabouts)
                 # The update has not begun, so the state is that of the last committed step: leave it to the survivors.
                 engine.part(error)
                 raise
@@ -180,6 +182,9 @@ class GuardedLoop:
                 batches.append(source.next())
         except StopIteration:
             pass
+        except Exception as error:
+            mark(error, functools.partial(source.whereabouts, loading=True))
+            raise
         if self._engine.must_agree_on_data:
             everyone = self._engine.voter.gather(len(batches), guard.step)
             if len(set(everyone)) > 1:

@@ -64,6 +64,42 @@ def test_the_scripts_own_code_is_the_jobs_and_is_not_tried_again(tmp_path: Path)
     assert result.stdout.count("life") == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--nproc-per-node=0",), "--nproc-per-node=0: a node needs one worker or more"),
+        (("--nproc-per-node=-2",), "--nproc-per-node=-2: a node needs"),
+        (("--max-restarts=-1",), "--max-restarts=-1 must not be negative"),
+        (("--nnodes=2", "--node-rank=5"), "nodes are numbered 0 to 1"),
+        (("--nnodes=2", "--node-rank=2"), "nodes are numbered 0 to 1"),
+    ],
+)
+def test_numbers_that_torchrun_would_only_assert_or_wait_with(options, said, capsys) -> None:
+    assert arcrun.run([*options, "train.py"]) == 78
+    assert said in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_launcher_that_waits_for_another_node(tmp_path: Path) -> None:
+    """It waits in C++, where Python handles no signal."""
+    with socket.create_server(("127.0.0.1", 0)) as node:
+        node.settimeout(60)
+        options = ["--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", f"--master-port={node.getsockname()[1]}"]
+        argv = [sys.executable, "-m", "arc_dist.launch.arcrun", *options, script(tmp_path)]
+        with Job(argv) as job:
+            connection, _ = node.accept()  # and never answers
+            with connection:
+                job.process.send_signal(signal.SIGTERM)
+                result = job.wait(60)
+    assert result.exit_code == 75, str(result)
+
+
+def test_no_restart_at_all(tmp_path: Path) -> None:
+    path = script(tmp_path, "time.sleep(60) if rank == 0 else os.kill(os.getpid(), signal.SIGKILL)")
+    result = run_job(command(*LIGHT, "--arc-max-restarts=0", "--max-restarts=0", path))
+    assert result.exit_code == 76, str(result)
+    assert "rank 1 killed by signal 9; no restart is allowed (ARC_MAX_RESTARTS=0)" in result.stderr, str(result)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [75, 77, 78])
 def test_codes_of_ours_pass_through(tmp_path: Path, code: int) -> None:

@@ -5,9 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from arc_dist.errors import ExitCode
-from arc_dist.protocol.budgets import BudgetPolicy, Cause, CauseKind, Death, Ended, Ledger, judge, root_of
+from arc_dist.protocol.batches import MAX_SAMPLES, BatchPlace
+from arc_dist.protocol.budgets import (
+    BudgetPolicy,
+    Cause,
+    CauseKind,
+    Death,
+    Ended,
+    Failure,
+    Ledger,
+    judge,
+    root_of,
+)
 
 KILLED = Cause(kind=CauseKind.SIGNAL, signal=9)
 BUG = Cause(kind=CauseKind.EXCEPTION, exit_code=1, exception_type="ValueError", message="shapes differ")
@@ -91,6 +104,93 @@ def test_addresses_of_objects_do_not_make_another_bug():
     one = replace(BUG, message="<Foo object at 0x7f31aa>")
     assert one.signature == replace(BUG, message="<Foo object at 0x7e0000>").signature
     assert one.signature != BUG.signature
+
+
+def test_numbers_do_not_make_another_bug_but_another_line_does():
+    one = replace(BUG, message="cannot allocate 12.5 GiB, pid 4711", frame="train.py:8 in loss")
+    assert one.signature == replace(one, message="cannot allocate 9.75 GiB, pid 12").signature
+    assert one.signature != replace(one, frame="train.py:9 in loss").signature
+    assert one.signature != replace(one, exception_type="KeyError").signature
+
+
+def at(ordinal: int) -> Cause:
+    return replace(BUG, batch=BatchPlace(ordinal=ordinal, epoch=0, index=ordinal, samples=(4, 9), num_samples=2))
+
+
+def test_the_same_bug_at_the_same_batch_is_told_with_its_samples():
+    ledger, first = judge(POLICY, Ledger(), ended(death(at(7), step=7), reached=7))
+    assert first.stop_code is None
+    _, again = judge(POLICY, ledger, ended(death(at(7), step=7), reached=7))
+    assert again.stop_code == 1
+    assert "It fails each time at batch 7 of epoch 0 (samples 4, 9): mend or leave out" in again.reason
+
+
+def test_the_batch_decides_and_not_the_step_where_both_are_known():
+    """Healing leaves batches out, so that the same step has other data, and the same data belongs to another step."""
+    ledger, _ = judge(POLICY, Ledger(), ended(death(at(7), step=7), reached=7))
+    assert judge(POLICY, ledger, ended(death(at(7), step=6), reached=6))[1].stop_code == 1
+    assert judge(POLICY, ledger, ended(death(at(8), step=7), reached=7))[1].stop_code is None
+    assert judge(POLICY, ledger, ended(death(BUG, step=7), reached=7))[1].stop_code == 1
+
+
+def test_a_bug_that_was_passed_in_between_did_not_repeat_itself():
+    ledger, _ = judge(POLICY, Ledger(), ended(death(at(7), step=7), reached=7))
+    ledger, _ = judge(POLICY, ledger, ended(death(KILLED, step=20), reached=20))
+    assert judge(POLICY, ledger, ended(death(at(7), step=7), reached=7))[1].stop_code is None
+
+
+FAILURES = st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.none() | st.integers(0, 3), st.integers(0, 4))
+
+
+@given(st.lists(FAILURES, max_size=8))
+@example([("a", 1, 1, 0), ("a", 3, None, 3), ("a", 1, 1, 0)])
+def test_a_job_stops_at_the_second_failure_at_one_place_and_never_before(
+    history: list[tuple[str, int, int | None, int]],
+):
+    """Against a model that looks at the whole history each time."""
+    patient = BudgetPolicy(max_restarts=100, max_fruitless=100)
+    ledger = Ledger()
+    past: list[tuple[Failure, int]] = []  # each with what the furthest generation after it reached
+    for kind, step, ordinal, further in history:
+        cause = replace(BUG, exception_type=kind, batch=None if ordinal is None else at(ordinal).batch)
+        reached = step + further
+        past = [(failure, max(later, reached)) for failure, later in past]
+        mine = Failure.of(death(cause, step=step))
+        expected = any(
+            later <= (failure.step or 0)
+            and failure.signature == mine.signature
+            and (failure.step == step if None in (ordinal, failure.ordinal) else failure.ordinal == ordinal)
+            for failure, later in past
+        )
+        ledger, judgement = judge(patient, ledger, ended(death(cause, step=step), reached=reached))
+        assert (judgement.stop_code is not None) == expected
+        assert Ledger.from_dict(ledger.as_dict()) == ledger
+        if expected:
+            return
+        past.append((mine, 0))
+
+
+@given(
+    st.builds(
+        BatchPlace,
+        ordinal=st.integers(0),
+        epoch=st.integers(0),
+        index=st.integers(0),
+        count=st.integers(1, 9),
+        samples=st.lists(st.integers(0), max_size=MAX_SAMPLES).map(tuple),
+        num_samples=st.integers(0),
+    )
+)
+def test_a_place_in_the_data_survives_the_wire(place: BatchPlace):
+    cause = replace(BUG, batch=place, frame="train.py:8 in loss")
+    assert Cause.from_dict(cause.as_dict()) == cause
+    assert f"of epoch {place.epoch}" in str(place)
+
+
+@pytest.mark.parametrize("batch", [{}, {"ordinal": "x"}, {"ordinal": 1, "epoch": None}])
+def test_a_place_that_makes_no_sense_is_refused(batch: dict[str, object]):
+    with pytest.raises(ValueError, match="not a place in the data"):
+        Cause.from_dict({"kind": "exception", "exit_code": 1, "exception": {"type": "ValueError", "batch": batch}})
 
 
 def test_no_progress_ends_a_job_and_progress_pays_back():

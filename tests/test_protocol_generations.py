@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from arc_dist.errors import ExitCode
 from arc_dist.protocol import events, generations
-from arc_dist.protocol.budgets import Cause, CauseKind, Death
+from arc_dist.protocol.budgets import Cause, CauseKind, Death, Failure
 from arc_dist.protocol.events import (
     Committing,
     Died,
@@ -267,7 +267,7 @@ def test_a_new_supervisor_hides_no_bug_that_was_reported_before():
     bug = Cause(kind=CauseKind.EXCEPTION, exit_code=1, exception_type="ValueError", message="no")
     job, _ = play(died(0, 0, cause=bug), join(0, pid=100), join(1, pid=101), job=RUNNING)
     job, _ = play(ready(0, 1), ready(1, 1), job=job)
-    assert job.ledger.seen == ((bug.signature, 5),)
+    assert job.ledger.seen == (Failure(signature=bug.signature, step=5),)
 
 
 def test_a_notice_of_preemption_ends_with_the_supervisors_that_it_meant():

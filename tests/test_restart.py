@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from arc_dist import SeededSampler
 from ranks import run_plain, run_ranks, run_supervised
 from toy import Toy, plain
 
@@ -108,6 +109,30 @@ def test_a_bug_in_the_script_is_not_retried_for_ever(tmp_path):
     results, output = job(tmp_path, toy, 2, raises={"1": 9}, code=1)
     assert results == []
     assert 1 <= output.count("the script's own bug at step 9\n") <= 5, output  # two attempts, and the last word
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("ddp", 0), ("fsdp", 0), ("ddp", 1)])
+def test_a_sample_that_cannot_be_read_ends_the_job_by_name(tmp_path, kind, workers):
+    """Twice the same exception at the same sample of one rank: a bug of the user's, and nothing for a third try."""
+    sampler = SeededSampler(4096, num_replicas=2, rank=1, seed=5)
+    batch = list(sampler)[8 * 8 : 9 * 8]  # the ninth batch of rank 1
+    toy = Toy(kind=kind, steps=20, workers=workers, poison=batch[3])
+    results, output = job(tmp_path, toy, 2, code=1)
+    assert results == []
+    starts = [path for path in (tmp_path / "trainers").iterdir() if path.name.startswith("1-")]
+    assert len(starts) == 2, output
+    (end,) = [line for line in output.splitlines() if "the job stops (exit code 1)" in line]
+    assert "the same as in an earlier attempt. It fails each time at batch 8 of epoch 0 (samples " in end
+    assert ", ".join(map(str, batch)) in end
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()]
+    died = [line for line in recorded if line["kind"] == "rank_died" and line["rank"] == 1]
+    assert all("in batch 8 of epoch 0" in line["cause"] for line in died), recorded
+
+
+def test_a_step_that_raises_is_named_by_its_batches(tmp_path):
+    toy = Toy(kind="fsdp", steps=20, accumulate=2)
+    _, output = job(tmp_path, toy, 2, raises={"1": 9}, code=1)
+    assert "It fails each time at batches 16 to 17 of epoch 0 (samples" in output
 
 
 def test_the_first_failure_is_named_and_its_traceback_comes_last(tmp_path):

@@ -40,7 +40,7 @@ def test_a_sigkill_is_the_oom_killers_only_when_a_counter_rose() -> None:
 
 
 def test_an_exception_of_an_exited_process_is_its_cause_and_an_older_one_of_a_killed_process_is_not() -> None:
-    note = {"type": "ValueError", "message": "x", "traceback": "...", "step": 3}
+    note = {"type": "ValueError", "message": "x", "traceback": "...", "step": 3, "frame": "x.py:1 in f", "batch": None}
     raised = classify(1, exception=note, oom_before=NO_COUNTS, oom_after=NO_COUNTS)
     assert raised.kind == "exception"
     assert raised.to_wire()["exception"] == note

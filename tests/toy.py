@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Noise(Dataset[Batch]):
     """Samples that are a function of their index: a noisy linear task, different on every rank by its sampler."""
 
-    def __init__(self, length: int = 4096) -> None:
+    def __init__(self, length: int = 4096, poison: int | None = None) -> None:
+        self.poison = poison
         generator = torch.Generator().manual_seed(7)
         self.x = torch.randn(length, 16, generator=generator)
         self.y = self.x @ torch.randn(16, 4, generator=generator) + torch.randn(length, 4, generator=generator)
@@ -39,6 +41,8 @@ class Noise(Dataset[Batch]):
         return len(self.x)
 
     def __getitem__(self, index: int) -> Batch:
+        if index == self.poison:
+            raise ValueError(f"a sample cannot be read by process {os.getpid()}")
         return self.x[index], self.y[index]
 
 
@@ -73,6 +77,7 @@ class Toy:
     samples: int = 4096
     frozen: bool = False  # the layers in the middle are not trained
     width: int = 33
+    poison: int | None = None  # the sample that cannot be read
 
 
 def build_model(toy: Toy) -> nn.Module:
@@ -104,7 +109,7 @@ def build_schedulers(toy: Toy, optimizers: list[torch.optim.Optimizer]) -> list[
 
 
 def build_loader(toy: Toy) -> DataLoader[Batch]:
-    data = Noise(toy.samples)
+    data = Noise(toy.samples, toy.poison)
     return DataLoader(data, batch_size=8, sampler=SeededSampler(data, seed=5), num_workers=toy.workers)
 
 

@@ -192,6 +192,17 @@ _REPORTS = (
     ),
     Route(
         verb="POST",
+        path="/v1/stand_by",
+        about="Long poll of a spare: `take` a `rank`, `done`, `stop`, or `wait`: ask again.",
+        fields=(
+            _text("host", "names the sender's host"),
+            _integer("pid", "of the supervisor"),
+            _text("shm_dir", "its directory in shared memory"),
+            _TIMEOUT,
+        ),
+    ),
+    Route(
+        verb="POST",
         path="/v1/preempt",
         about="The rank's host was told to go.",
         fields=(_RANK,),

@@ -213,6 +213,11 @@ class Methods:
         """The rank's supervisor lives, on that node; or ends as it should."""
         return self.call("pulse", {"rank": rank, "node": node, "leaving": leaving})
 
+    def stand_by(self, host: str, pid: int, shm_dir: str, timeout_s: float) -> _Json:
+        """Long poll of a spare: ``take`` (with ``rank``), ``done``, ``stop``, or ``wait``: ask again."""
+        body = {"host": host, "pid": pid, "shm_dir": shm_dir, "timeout_s": timeout_s}
+        return self.call("stand_by", body, wait_s=timeout_s)
+
     def watched(self, rank: int, generation: int, report: Mapping[str, Any]) -> _Json:
         """Where a rank is, and what it has spent; see `coordinator.hangs` for the answer."""
         return self.call("watched", {"rank": rank, "generation": generation, "report": dict(report)})

@@ -107,6 +107,15 @@ class HangDesk:
             "condemned": self._condemned.pop(rank, None),
         }
 
+    @property
+    def slow_ranks(self) -> frozenset[int]:
+        """Ranks that were reported as slow, and still are."""
+        return self._streaks.slow
+
+    def forget(self, rank: int) -> None:
+        """The rank has moved to another host."""
+        self._streaks = self._streaks.without(rank)
+
     def _learn(self, rank: int, fields: Mapping[str, Any]) -> None:
         spent = read_spent(Fields("watched", fields))
         self._limits[rank] = spent.limits_s

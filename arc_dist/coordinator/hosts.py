@@ -50,6 +50,11 @@ class HostDesk:
                 self._pulses.leave(rank)
             return self._look(now_s) if rank == 0 and not is_leaving else None
 
+    def expect(self, rank: int) -> None:
+        """Another supervisor got this rank, and has as long as any to be heard."""
+        with self._guard:
+            self._pulses.expect(rank)
+
     def _look(self, now_s: float) -> Vanished | None:
         silent = self._pulses.silent(now_s)
         problem = self._forbidden()

@@ -32,6 +32,7 @@ from arc_dist.coordinator.records import (
     read_holding,
 )
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
+from arc_dist.coordinator.spares import SpareDesk
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
 from arc_dist.protocol import commit as commits
@@ -66,7 +67,7 @@ logger = logging.getLogger("arc_dist.coordinator")
 
 JOURNAL_NAME = "journal.log"
 _METHODS = (
-    *("join", "ready", "died", "finished", "directive", "preempt", "watched", "pulse"),  # supervisors
+    *("join", "ready", "died", "finished", "directive", "preempt", "watched", "pulse", "stand_by"),  # supervisors
     *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
     *("incident", "report", "status"),  # what people read
 )
@@ -92,6 +93,8 @@ class Coordinator:
         starting_timeout_s: see `protocol.job.JobConfig`.
         ending_timeout_s: see `protocol.job.JobConfig`.
         hosts: finds supervisors that are lost; None finds none.
+        spare_after_s: how long a rank may be silent while a generation ends before a spare takes its place.
+        evicts: whether spares take the ranks of hosts that are suspected or slow, too.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Coordinator:
         starting_timeout_s: float = 600.0,
         ending_timeout_s: float = 60.0,
         hosts: HostDesk | None = None,
+        spare_after_s: float = 15.0,
+        evicts: bool = False,
     ) -> None:
         self._config = JobConfig(
             world_size=world_size,
@@ -143,6 +148,9 @@ class Coordinator:
         self._hosts = hosts or HostDesk(world_size, PulseRules(), clock)
         self._peers = PeerDesk(world_size)
         self._hangs = HangDesk(world_size, run_dir, clock, self._note)
+        self._spares = SpareDesk(
+            spare_after_s, evicts, clock, changed=self._changed, note=self._note, seated=self._hosts.expect
+        )
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
         }
@@ -245,6 +253,9 @@ class Coordinator:
         member = member_of(fields.text("sender", default=""), inventory.host, inventory.shm_dir)
         if member is not None and rank not in self._job.members:
             self._apply(Joined(rank=rank, member=member))
+        if why := self._spares.evict(rank, generation, self._job, self._hangs.slow_ranks, self._apply):
+            self._hangs.forget(rank)
+            raise Fenced(f"this host is left out of the job ({why}); a spare has taken rank {rank}", rank=rank)
         store = fields.mapping_or_none("store")
         if store is not None and generation == self._job.generation + (self._job.phase is not Phase.STARTING):
             self._store = dict(store)
@@ -284,8 +295,11 @@ class Coordinator:
         vanished = self._hosts.hear(self._rank(fields), fields.integer("node"), is_leaving=is_leaving)
         if vanished is not None:
             with self._changed:
-                self._apply(vanished)
+                self._apply(self._spares.consider(vanished))
         return self._where()
+
+    def _stand_by(self, fields: Fields) -> dict[str, Any]:
+        return self._spares.wait(fields, lambda: self._job, self._apply, self._check_alive)
 
     def _directive(self, fields: Fields) -> dict[str, Any]:
         """Long poll. `after` is the kind of order that the asker already follows; another one is an answer."""

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 from arc_dist.data.digest import batch_digest
 from arc_dist.data.fast_forward import fast_forward
 from arc_dist.data.loader import LoaderView
+from arc_dist.data.place import place_of
 from arc_dist.data.position import Anchor, Check, Position, encode_head, pack_mark
 from arc_dist.data.replay import Entry, Epoch, ReplayBuffer
 from arc_dist.data.world import CellView, Share, World, settle, settle_loosely
 from arc_dist.errors import CheckpointMismatch, ConfigError, DataNotReproducible
+from arc_dist.protocol.batches import BatchPlace
 from arc_dist.snapshot.rng import capture_rng, restore_rng
 from arc_dist.telemetry.log import logger
 
@@ -146,6 +148,14 @@ class BatchSource:
         """
         self._step_began = self._cursor
         self._recognisable = recognisable
+
+    def whereabouts(self, *, loading: bool = False) -> BatchPlace:
+        """The batches since `begin_step`; with `loading` the one after them, whose loading failed."""
+        ordinal = self._cursor if loading else self._step_began
+        entry = self._buffer.get(ordinal)
+        here = (self._epoch_number, self._index) if entry is None else (entry.epoch.number, entry.index)
+        count = 1 if loading else max(1, self._cursor - ordinal)
+        return place_of(self._share, epoch=here[0], index=here[1], ordinal=ordinal, count=count)
 
     def ends_epoch(self, batch: Batch) -> bool:
         """Whether no batch of the same epoch comes after this one.

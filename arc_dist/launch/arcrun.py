@@ -13,18 +13,22 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from arc_dist.config import Env
 from arc_dist.errors import ConfigError, ExitCode
-from arc_dist.launch import endings, nodes
+from arc_dist.launch import barrier, endings, nodes
 from arc_dist.launch.options import add_settings, settings_to_arguments
 from arc_dist.snapshot.directory import OwnedDirectory, collect_of_agent
 
 _PREFIX = "arc-"
 _TORCHRUN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+_HANDLER_LIMIT_S = 2.0  # for the handler of SIGTERM to end the process, where it can run
 _TORCHRUN_SHUTDOWN_S = 30  # what it waits by default between telling its workers to end and killing them
 _WORDS = {
     int(ExitCode.PREEMPTED): "was preempted and has saved its state; start it again",
@@ -36,21 +40,22 @@ _WORDS = {
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; ends the process."""
-    # Until torchrun takes signals over, nothing runs that could be lost.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(int(ExitCode.PREEMPTED)))
+    _leave_early_on_sigterm()
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs a job on this node and returns its exit code (errors.ExitCode, or the script's own)."""
     arguments, env = _parse(argv)
-    if not nodes.arrange(arguments, env.host_timeout_s):
+    if not (nodes.arrange(arguments, env.host_timeout_s) and _is_in_range(arguments)):
         return int(ExitCode.CONFIGURATION)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if arguments.arc_spares or "ARC_MIN_NODES" in os.environ:
+        barrier.shorten()
     owned = OwnedDirectory(Path(tempfile.gettempdir()), "arcrun")
     reports = owned.path / "endings"
     reports.mkdir()
@@ -100,6 +105,47 @@ def _collect(shm_root: str | None) -> None:
         print(f"[arc] what the ranks left in {root} was not removed: {error}", file=sys.stderr)
 
 
+def _leave_early_on_sigterm() -> None:
+    """Until torchrun takes signals over, nothing runs that could be lost.
+
+    No Python handler runs while torchrun waits in C++ for the store of another node, which may be minutes: so a thread
+    hears of the signal too, and ends the process when the handler did not.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(int(ExitCode.PREEMPTED))
+
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+
+    def watch() -> None:
+        while number := os.read(heard, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is leave:
+                time.sleep(_HANDLER_LIMIT_S)
+                os._exit(int(ExitCode.PREEMPTED))
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="arc-sigterm", daemon=True).start()
+
+
+def _is_in_range(arguments: argparse.Namespace) -> bool:
+    """Whether the numbers that torchrun would only meet with an assertion, or wait with, make sense; said if not."""
+    workers, node = arguments.nproc_per_node, arguments.node_rank
+    most = int(arguments.nnodes.rpartition(":")[2])
+    is_static = arguments.rdzv_backend == "static" and not arguments.standalone
+    problem = None
+    if workers.lstrip("-").isdigit() and int(workers) < 1:
+        problem = f"--nproc-per-node={workers}: a node needs one worker or more."
+    elif arguments.max_restarts < 0:
+        problem = f"--max-restarts={arguments.max_restarts} must not be negative; 0 is none."
+    elif is_static and not 0 <= node < most:
+        problem = f"--node-rank={node} does not fit --nnodes={arguments.nnodes}: nodes are numbered 0 to {most - 1}."
+    if problem is not None:
+        print(f"arcrun: {problem}", file=sys.stderr)
+    return problem is None
+
+
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Env]:
     if any(argument in ("-h", "--help") for argument in _options_only(argv)):
         _parser().print_help()
@@ -128,6 +174,8 @@ def _environment(arguments: argparse.Namespace) -> Env:
         "ARC_GRACE_S": arguments.arc_grace_s,
         "ARC_PREEMPT_SIGNALS": arguments.arc_preempt_signals,
         "ARC_HOST_TIMEOUT_S": arguments.arc_host_timeout_s,
+        "ARC_SPARES": arguments.arc_spares,
+        "ARC_SPARE_AFTER_S": arguments.arc_spare_after_s,
     }
     try:
         return Env.read({**os.environ, **{name: value for name, value in named.items() if value is not None}})

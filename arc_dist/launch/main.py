@@ -52,7 +52,7 @@ def start() -> Callable[[], NoReturn]:
         env = Env.read()
         if not options.no_guard:
             _leave_early_on(env.preempt_signals)
-        membership = Membership.read(os.environ)
+        membership = Membership.read(os.environ, spares=env.spares)
         _preload(options)
     except ArcError as error:
         _fail(error, says=_local_rank() == "0")

@@ -32,6 +32,12 @@ def arrange(arguments: argparse.Namespace, host_timeout_s: float) -> bool:
     if not (fewest.isdigit() and most.isdigit() and 0 < int(fewest) <= int(most)):
         print(f"arcrun: --nnodes={nnodes} is neither a number nor MIN:MAX with 0 < MIN <= MAX.", file=sys.stderr)
         return False
+    if arguments.arc_spares and (int(most) == 1 or arguments.standalone):
+        print(
+            "arcrun: spares on a single node replace nobody: torchrun's agent ends all workers of its node when one "
+            "supervisor is lost. Start them as nodes of their own (--nnodes, docs/spares.md).",
+            file=sys.stderr,
+        )
     if arguments.rdzv_backend == "c10d" and int(most) > 1 and host_timeout_s:
         _keep_alive(arguments, host_timeout_s)
     if int(most) > 1:

@@ -29,14 +29,8 @@ torch is imported before the script runs, so that a restart need not do it again
 reads at import must be set before the job starts, or use --no-preload.
 """
 _VALUES = (
-    "store",
-    "run-dir",
-    "shm-root",
-    "max-restarts",
-    "grace-s",
-    "preempt-signals",
-    "preempt-file",
-    "host-timeout-s",
+    *("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file"),
+    *("host-timeout-s", "spares", "spare-after-s", "evict"),
 )
 
 
@@ -92,6 +86,21 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         f"--{prefix}host-timeout-s",
         metavar="S",
         help="silence after which a host is lost, default 15; 0 for never [ARC_HOST_TIMEOUT_S]",
+    )
+    add(
+        f"--{prefix}spares",
+        metavar="N",
+        help="so many of all workers, the last ones, stand by to take the place of lost ones [ARC_SPARES]",
+    )
+    add(
+        f"--{prefix}spare-after-s",
+        metavar="S",
+        help="how long a lost rank is waited for before a spare takes its place, default 15 [ARC_SPARE_AFTER_S]",
+    )
+    add(
+        f"--{prefix}evict",
+        metavar="1",
+        help="1: at a restart spares take the ranks of hosts that are suspected or slow, too [ARC_EVICT]",
     )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(
@@ -150,6 +159,9 @@ def parse(arguments: Sequence[str]) -> Options:
             "ARC_PREEMPT_SIGNALS": known.preempt_signals,
             "ARC_PREEMPT_FILE": known.preempt_file and os.path.abspath(known.preempt_file),
             "ARC_HOST_TIMEOUT_S": known.host_timeout_s,
+            "ARC_SPARES": known.spares,
+            "ARC_SPARE_AFTER_S": known.spare_after_s,
+            "ARC_EVICT": known.evict,
             "ARC_LOG_LEVEL": known.log_level,
         }.items()
         if value is not None

@@ -11,8 +11,11 @@ judged once, when every rank has said that its process is gone, so that all evid
 2. Somebody else keeps count: a supervisor was replaced, by a launcher with a budget of its own, and the job goes on; or
    a preemption notice had come, and the job ends as preempted, unless the script is at fault and 3, 4 or 5 end it.
    Neither costs budget here.
-3. A user's bug repeats itself: an exception or exit before the job's very first step, or the same one at the same step
-   a second time. Trying again would do the same again.
+3. A user's bug repeats itself: an exception or exit before the job's very first step, or the same one at the same
+   place a second time. Trying again would do the same again. *The same place* is the same batch, by its number in the
+   run, where both failures name one (healing may have left batches out in between, so that a step has others), else
+   the same step. *The same exception* has the same type, was raised by the same line, and differs in numbers at most:
+   process ids, ports, sizes. A failure whose step was passed since is forgotten, for it did not repeat itself there.
 4. No progress: `max_fruitless` generations in a row ended without a step beyond the best one before. This holds for
    every cause, and it is what makes the whole thing end: a job gets further or stops.
 5. The restart budget is used up.
@@ -28,11 +31,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from arc_dist.errors import ExitCode
+from arc_dist.protocol.batches import BatchPlace
 
 _FINAL_CODES = frozenset({ExitCode.PREEMPTED, ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION})
 _MAX_TEXT = 8192  # characters kept of a message or traceback
 _MAX_TOLD = 4  # failures beside the root that a message names
 _MAX_SIGNATURES = 64  # bound of the memory for rule 3
+_VARYING = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 # How torch, gloo, NCCL and the kernel say that somebody else is gone.
 _ECHO_TYPES = frozenset(
@@ -88,6 +93,8 @@ class Cause:
         exception_type: class name of an uncaught exception, with or without its module.
         message: the exception's message; for `HANG`, where it hung.
         traceback: the exception's traceback, for reports only.
+        frame: the line that raised the exception.
+        batch: where in the data it was raised, for an exception in a step of the full loop.
     """
 
     kind: CauseKind
@@ -96,16 +103,19 @@ class Cause:
     exception_type: str = ""
     message: str = ""
     traceback: str = ""
+    frame: str = ""
+    batch: BatchPlace | None = None
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Cause:
-        """Reads the wire form ``{"kind", "signal", "exit_code", "exception": {"type", "message", "traceback"}}``.
+        """Reads the wire form ``{"kind", "signal", "exit_code", "exception": {"type", "message", "traceback", ...}}``.
 
         Raises:
             ValueError: the kind is unknown or a number is not a number.
         """
         exception = fields.get("exception")
         details: Mapping[str, Any] = cast("Mapping[str, Any]", exception) if isinstance(exception, Mapping) else {}
+        batch = details.get("batch")
         return Cause(
             kind=CauseKind(fields.get("kind")),
             signal=_integer_or_none(fields.get("signal")),
@@ -113,12 +123,20 @@ class Cause:
             exception_type=str(details.get("type") or "")[:_MAX_TEXT],
             message=str(details.get("message") or fields.get("evidence") or "")[:_MAX_TEXT],
             traceback=str(details.get("traceback") or "")[-_MAX_TEXT:],
+            frame=str(details.get("frame") or "")[-_MAX_TEXT:],
+            batch=BatchPlace.from_dict(cast("Mapping[str, Any]", batch)) if isinstance(batch, Mapping) else None,
         )
 
     def as_dict(self) -> dict[str, Any]:
         exception = None
         if self.exception_type:
-            exception = {"type": self.exception_type, "message": self.message, "traceback": self.traceback}
+            exception = {
+                "type": self.exception_type,
+                "message": self.message,
+                "traceback": self.traceback,
+                "frame": self.frame,
+                "batch": self.batch.as_dict() if self.batch is not None else None,
+            }
         fields = {"kind": self.kind.value, "signal": self.signal, "exit_code": self.exit_code, "exception": exception}
         return fields if exception else {**fields, "evidence": self.message}
 
@@ -138,9 +156,9 @@ class Cause:
 
     @property
     def signature(self) -> str:
-        """What two deaths of the same origin have in common; addresses of objects differ and are left out."""
+        """What two deaths of the same origin have in common; addresses and numbers differ, and are left out."""
         if self.kind is CauseKind.EXCEPTION:
-            return f"{self.exception_type}: {re.sub(r'0x[0-9a-fA-F]+', '0x', self.message)}"
+            return f"{self.exception_type} at {self.frame}: {_VARYING.sub('#', self.message)}"
         return f"{self.kind.value} {self.signal if self.signal is not None else self.exit_code}"
 
     def __str__(self) -> str:
@@ -155,7 +173,7 @@ class Cause:
         if self.kind is CauseKind.LOST:
             return "lost without a report"
         if self.kind is CauseKind.REPLACED:
-            return "replaced by its launcher"
+            return "replaced by another supervisor"
         if self.kind is CauseKind.OVERDUE:
             return "did not leave by itself before its grace period was about to end"
         message = self.message.strip()
@@ -198,6 +216,33 @@ class BudgetPolicy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A failure of the user's own, as far as it has to be recognised: what, after which step, and at which batch."""
+
+    signature: str
+    step: int | None = None
+    ordinal: int | None = None
+
+    @staticmethod
+    def of(death: Death) -> Failure:
+        batch = death.cause.batch
+        ordinal = batch.ordinal if batch is not None else None
+        return Failure(signature=death.cause.signature, step=death.step, ordinal=ordinal)
+
+    def repeats(self, earlier: Failure) -> bool:
+        """Whether this is the same failure at the same place."""
+        if self.signature != earlier.signature:
+            return False
+        if self.ordinal is not None and earlier.ordinal is not None:
+            return self.ordinal == earlier.ordinal
+        return self.step == earlier.step
+
+    def was_passed(self, reached: int) -> bool:
+        """Whether the step that failed was committed since."""
+        return self.step is not None and reached > self.step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
     """What has been spent.
 
@@ -205,13 +250,13 @@ class Ledger:
         restarts: counted restarts so far.
         fruitless: generations in a row that ended without progress.
         best_step: the furthest committed step that any generation reached.
-        seen: (signature, step) of the user's own failures so far, newest last.
+        seen: the user's own failures that nothing went beyond since, newest last.
     """
 
     restarts: int = 0
     fruitless: int = 0
     best_step: int = 0
-    seen: tuple[tuple[str, int | None], ...] = ()
+    seen: tuple[Failure, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -222,7 +267,7 @@ class Ledger:
             restarts=int(fields["restarts"]),
             fruitless=int(fields["fruitless"]),
             best_step=int(fields["best_step"]),
-            seen=tuple((str(signature), _integer_or_none(step)) for signature, step in fields["seen"]),
+            seen=tuple(Failure(**failure) for failure in fields["seen"]),
         )
 
 
@@ -274,6 +319,7 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
         ledger,
         best_step=max(ledger.best_step, ended.reached),
         fruitless=0 if progressed else ledger.fruitless + 1,
+        seen=tuple(failure for failure in ledger.seen if not failure.was_passed(ended.reached)),
     )
 
     if cause.exit_code in _FINAL_CODES:
@@ -290,10 +336,11 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
     if cause.is_users:
         if ended.first and ended.reached == 0:
             return after, Judgement(root=root, stop_code=own_code, reason=f"{told}, before the first step of the job")
-        what = (cause.signature, root.step)
-        if what in ledger.seen:
-            return after, Judgement(root=root, stop_code=own_code, reason=f"{told}, the same as in an earlier attempt")
-        after = dataclasses.replace(after, seen=(*ledger.seen, what)[-_MAX_SIGNATURES:])
+        failure = Failure.of(root)
+        if any(failure.repeats(earlier) for earlier in after.seen):
+            reason = f"{told}, the same as in an earlier attempt{_advice(cause.batch)}"
+            return after, Judgement(root=root, stop_code=own_code, reason=reason)
+        after = dataclasses.replace(after, seen=(*after.seen, failure)[-_MAX_SIGNATURES:])
 
     if after.fruitless >= policy.max_fruitless:
         reason = f"{told}; {after.fruitless} attempts in a row brought no step beyond {after.best_step}"
@@ -301,12 +348,21 @@ def judge(policy: BudgetPolicy, ledger: Ledger, ended: Ended) -> tuple[Ledger, J
 
     if ledger.restarts >= policy.max_restarts:
         code = own_code if cause.is_users else ExitCode.INFRASTRUCTURE
-        return after, Judgement(root=root, stop_code=code, reason=f"{told}; all {ledger.restarts} restarts are used up")
+        spent = f"all {ledger.restarts} restarts are used up" if policy.max_restarts else "no restart is allowed"
+        reason = f"{told}; {spent} (ARC_MAX_RESTARTS={policy.max_restarts})"
+        return after, Judgement(root=root, stop_code=code, reason=reason)
 
     if ended.preempted:
         return free, preempted
     after = dataclasses.replace(after, restarts=ledger.restarts + 1)
     return after, Judgement(root=root, reason=told)
+
+
+def _advice(batch: BatchPlace | None) -> str:
+    """Which data to look at, when the script fails at the same data each time."""
+    if batch is None:
+        return ""
+    return f". It fails each time at {batch}: mend or leave out these samples, or what the script does with them"
 
 
 def _integer_or_none(value: object) -> int | None:

@@ -76,6 +76,11 @@ class Pulses:
         self._heard_s[rank] = self._clock.look(now_s)
         self._nodes[rank] = node
 
+    def expect(self, rank: int) -> None:
+        """Another supervisor has the rank now, and was not heard yet."""
+        self._heard_s[rank] = self._clock.elapsed_s
+        self._left.discard(rank)
+
     def leave(self, rank: int) -> None:
         """It ends as it should, and will not be heard any more."""
         self._left.add(rank)

@@ -71,6 +71,15 @@ class Streaks:
 
     counts: Mapping[int, int] = dataclasses.field(default_factory=dict[int, int])
 
+    @property
+    def slow(self) -> frozenset[int]:
+        """Those that were reported, and are still slow."""
+        return frozenset(rank for rank, count in self.counts.items() if count >= PATIENCE)
+
+    def without(self, rank: int) -> Streaks:
+        """The same without what is known of `rank`."""
+        return Streaks(counts={other: count for other, count in self.counts.items() if other != rank})
+
     def after(self, slow: tuple[Slow, ...], ranks: frozenset[int]) -> tuple[Streaks, tuple[Slow, ...]]:
         """The streaks after one more comparison of `ranks`, and who is to be reported now."""
         by_rank = {one.rank: one for one in slow}

@@ -466,7 +466,8 @@ def write_exception(directory: Path | str, exception: Mapping[str, object]) -> N
 
     Args:
         directory: this rank's directory.
-        exception: ``{"type", "message", "step", "traceback", "generation", "rank"}``.
+        exception: ``{"type", "message", "step", "traceback", "generation", "rank", "frame", "batch"}``; `frame` is the
+            line that raised it, `batch` a `protocol.batches.BatchPlace` as a mapping, or None.
     """
     path = Path(directory) / _EXCEPTION
     draft = path.with_suffix(f".{os.getpid()}.draft")

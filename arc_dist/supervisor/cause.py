@@ -9,6 +9,7 @@ from typing import Any
 
 from arc_dist.errors import ExitCode
 from arc_dist.protocol import budgets
+from arc_dist.protocol.batches import BatchPlace
 from arc_dist.supervisor import process
 
 _OWN_DECISIONS = {
@@ -54,7 +55,8 @@ class Cause:
         """The form that the coordinator reads."""
         exception = self.exception
         if exception is not None:
-            exception = {key: exception.get(key) for key in ("type", "message", "traceback", "step")}
+            keys = ("type", "message", "traceback", "step", "frame", "batch")
+            exception = {key: exception.get(key) for key in keys}
         return {
             "kind": self.kind,
             "signal": -self.returncode if self.returncode < 0 else None,
@@ -70,7 +72,9 @@ class Cause:
             return f"hang: {self.evidence}"
         if self.exception is not None:
             message = str(self.exception.get("message", "")).strip().splitlines()
-            return f"{self.exception.get('type')}: {message[0][:200] if message else ''}"
+            text = f"{self.exception.get('type')}: {message[0][:200] if message else ''}"
+            batch = self.exception.get("batch")
+            return f"{text} (in {BatchPlace.from_dict(batch)})" if batch else text
         words = _OWN_DECISIONS.get(self.returncode)
         status = process.describe_status(self.returncode)
         return status if words is None else f"{words} ({status})"

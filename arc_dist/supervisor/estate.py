@@ -38,9 +38,13 @@ class Estate:
         """This rank's directory."""
         return self._directory.path
 
-    def claim(self, lineage: str) -> None:
-        """Signs the directory with the job's lineage, and takes over what an earlier life of the job left here."""
-        member = self._membership
+    def claim(self, lineage: str, member: Membership) -> None:
+        """Signs the directory with the job's lineage, and takes over what an earlier life of the job left here.
+
+        Args:
+            lineage: of the job.
+            member: the rank that it is for, which a spare learns late.
+        """
         agent = os.getppid() if member.has_agent_store else 0
         signature = Signature(
             lineage=lineage,

@@ -37,6 +37,7 @@ from arc_dist.supervisor.rendezvous import (
     host_identity,
 )
 from arc_dist.supervisor.reporter import StepReporter
+from arc_dist.supervisor.spare import stand_by
 from arc_dist.supervisor.supervisor import Client, Ending, Setup, Supervisor
 from arc_dist.supervisor.trainers import Trainers
 from arc_dist.telemetry.log import set_up_logging
@@ -78,6 +79,9 @@ def supervise(
                 # The supervisors of the ranks concerned say the same, with times.
                 logging.getLogger("arc_dist.coordinator").setLevel(logging.WARNING)
             with _World(env, membership, meeting) as world:
+                if world.ended is not None:
+                    return world.ended
+                membership = world.membership
                 if trainers is None:
                     trainers = Trainers(membership.rank, world.shm_dir, zygote_process, events)
                     stack.enter_context(_signals_as_events(events))
@@ -97,34 +101,52 @@ class _World:
 
     def __init__(self, env: Env, membership: Membership, meeting: Meeting | None) -> None:
         self._env = env
-        self._membership = membership
+        self.membership = membership
+        self.ended: Ending | None = None  # of a spare that never got a rank
         self._meeting = meeting
         self._server: CoordinatorServer | None = None
         self._coordinator: Coordinator | None = None
         self._lease: RendezvousLease | None = None
 
     def __enter__(self) -> _World:
-        env, membership = self._env, self._membership
+        env = self._env
         with contextlib.ExitStack() as stack:
-            self._estate = stack.enter_context(Estate(env, membership))
+            self._estate = stack.enter_context(Estate(env, self.membership))
             self.shm_dir = self._estate.path
-            if membership.rank == 0:
-                self._lease = _lease(env)
-                self._address, self._client, self._server = self._host_coordinator(stack)
-                if self._meeting is not None:
-                    self._meeting.announce(self._address, shrinks=membership.shrinks)
-                answer = _join(self._client, membership, str(self.shm_dir))
-            else:
-                assert self._meeting is not None  # Membership.read refuses a rank above 0 without one
-                found = _find_coordinator(env, membership, self._meeting, str(self.shm_dir))
-                self._address, self._client, answer = found
-            self._generation = int(answer["generation"])
-            lineage = str(answer["lineage"])
-            self._estate.claim(lineage)
-            self._peers = open_peers(env, membership, self.shm_dir, self._address.token, lineage, self._client)
-            stack.callback(self._peers.close)
+            if not self.membership.is_spare or self._takes_a_rank():
+                self._enter_with_rank(stack)
             self._stack = stack.pop_all()
         return self
+
+    def _takes_a_rank(self) -> bool:
+        """Stands by; whether a rank became this spare's."""
+        env, membership = self._env, self.membership
+        assert self._meeting is not None  # as for a rank above 0
+        outcome = stand_by(env, membership, self._meeting, self.shm_dir)
+        if isinstance(outcome, Ending):
+            self.ended = outcome
+            return False
+        self.membership = outcome
+        set_up_logging(level=env.log_level, rank=outcome.rank, world_size=outcome.world_size)
+        return True
+
+    def _enter_with_rank(self, stack: contextlib.ExitStack) -> None:
+        env, membership = self._env, self.membership
+        if membership.rank == 0:
+            self._lease = _lease(env)
+            self._address, self._client, self._server = self._host_coordinator(stack)
+            if self._meeting is not None:
+                self._meeting.announce(self._address, shrinks=membership.shrinks)
+            answer = _join(self._client, membership, str(self.shm_dir))
+        else:
+            assert self._meeting is not None  # Membership.read refuses a rank above 0 without one
+            found = _find_coordinator(env, membership, self._meeting, str(self.shm_dir))
+            self._address, self._client, answer = found
+        self._generation = int(answer["generation"])
+        lineage = str(answer["lineage"])
+        self._estate.claim(lineage, membership)
+        self._peers = open_peers(env, membership, self.shm_dir, self._address.token, lineage, self._client)
+        stack.callback(self._peers.close)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -135,7 +157,7 @@ class _World:
         self, trainers: Trainers, events: Events[Event], stores: GenerationStores | None, *, is_guarded: bool
     ) -> Ending:
         """Runs this rank until the world is over; see `Supervisor.run`."""
-        env, membership = self._env, self._membership
+        env, membership = self._env, self.membership
         setup = Setup(
             rank=membership.rank,
             host=host_identity(),
@@ -183,7 +205,7 @@ class _World:
     def _host_coordinator(
         self, stack: contextlib.ExitStack
     ) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
-        env, membership = self._env, self._membership
+        env, membership = self._env, self.membership
         job_id = _job_id(env, membership)
         run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
         _, listen = advertised_host(membership)
@@ -197,7 +219,13 @@ class _World:
         problem = self._lease.problem if self._lease is not None else lambda: ""
         hosts = HostDesk(membership.world_size, rules, time.monotonic, problem)
         coordinator = Coordinator.open(
-            membership.world_size, run_dir=run_dir, job_id=job_id, max_restarts=env.max_restarts, hosts=hosts
+            membership.world_size,
+            run_dir=run_dir,
+            job_id=job_id,
+            max_restarts=env.max_restarts,
+            hosts=hosts,
+            spare_after_s=env.spare_after_s,
+            evicts=env.evict,
         )
         stack.callback(coordinator.close)
         self._coordinator = coordinator
@@ -220,13 +248,13 @@ class _World:
 
     def _part(self, supervisor: Supervisor) -> None:
         """Lets the others, or rank 0, know that this supervisor needs the coordinator no more."""
-        meeting, server, membership = self._meeting, self._server, self._membership
+        meeting, server, membership = self._meeting, self._server, self.membership
         if meeting is None:
             return
         if server is None:
             meeting.leave(self._address.token, membership)
             return
-        num_others = membership.world_size - 1
+        num_others = membership.num_workers - 1
         assert self._coordinator is not None
         if (stop := self._coordinator.job.stop) is not None:
             num_others -= len(stop.lost)

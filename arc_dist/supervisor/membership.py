@@ -27,6 +27,7 @@ class Membership:
         node: number of this rank's node among those of the launcher.
         has_agents: the launcher has an agent on every node, which starts all its ranks again when one is lost.
         shrinks: how often the world has become smaller since the launcher made it.
+        spares: how many of the launcher's workers are no ranks, but stand by: those with the highest numbers.
     """
 
     rank: int = 0
@@ -43,10 +44,29 @@ class Membership:
     node: int = 0
     has_agents: bool = False
     shrinks: int = 0
+    spares: int = 0
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether this worker has no rank. `rank` is then its number among the launcher's workers."""
+        return self.rank >= self.world_size
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers the launcher started."""
+        return self.world_size + self.spares
+
+    def taking(self, rank: int) -> Membership:
+        """This spare in the place of `rank`; it keeps its `local_rank`, and with it its device."""
+        return dataclasses.replace(self, rank=rank)
 
     @staticmethod
-    def read(environ: Mapping[str, str]) -> Membership:
+    def read(environ: Mapping[str, str], *, spares: int = 0) -> Membership:
         """Reads the variables that torchrun and its like set.
+
+        Args:
+            environ: the process environment.
+            spares: see the attribute.
 
         Raises:
             ConfigError: they contradict each other or are not numbers.
@@ -55,6 +75,13 @@ class Membership:
         if not 0 <= rank < world_size:
             raise ConfigError(
                 f"RANK={rank} does not fit WORLD_SIZE={world_size}. Start with torchrun or arcrun, or set both."
+            )
+        if spares >= world_size:
+            raise ConfigError(
+                f"{spares} of the {world_size} workers are to be spares (ARC_SPARES, arcrun --arc-spares), and none "
+                f"is left to train. Spares are counted among the launcher's workers (nodes x --nproc-per-node): start "
+                f"more workers, or have fewer spares.",
+                spares=spares,
             )
         host = environ.get("MASTER_ADDR") or None
         if host is None and world_size > 1:
@@ -65,7 +92,8 @@ class Membership:
         run_id = environ.get("TORCHELASTIC_RUN_ID")
         return Membership(
             rank=rank,
-            world_size=world_size,
+            world_size=world_size - spares,
+            spares=spares,
             local_rank=_number(environ, "LOCAL_RANK", 0),
             local_world_size=max(1, _number(environ, "LOCAL_WORLD_SIZE", 1)),
             num_launchers=_number(environ, "GROUP_WORLD_SIZE", 1),
@@ -87,6 +115,7 @@ class Membership:
             self,
             rank=ranks.index(self.rank),
             world_size=len(ranks),
+            spares=0,
             num_launchers=len(nodes),
             node=nodes.index(self.node),
             shrinks=self.shrinks + 1,
@@ -94,18 +123,14 @@ class Membership:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What the launcher would have said, where it said something else."""
-        if not self.shrinks:
+        """What the launcher would have said of this world, where it said something else."""
+        if not (self.shrinks or self.spares):
             return {}
-        rank, world_size, node, num_nodes = map(str, (self.rank, self.world_size, self.node, self.num_launchers))
-        return {
-            "RANK": rank,
-            "WORLD_SIZE": world_size,
-            "ROLE_RANK": rank,
-            "ROLE_WORLD_SIZE": world_size,
-            "GROUP_RANK": node,
-            "GROUP_WORLD_SIZE": num_nodes,
-        }
+        rank, world_size = str(self.rank), str(self.world_size)
+        said = {"RANK": rank, "WORLD_SIZE": world_size, "ROLE_RANK": rank, "ROLE_WORLD_SIZE": world_size}
+        if self.shrinks:
+            said |= {"GROUP_RANK": str(self.node), "GROUP_WORLD_SIZE": str(self.num_launchers)}
+        return said
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from arc_dist.config import Env
 from arc_dist.errors import ArcError, ConfigError
@@ -178,6 +178,7 @@ def _note(error: BaseException) -> None:
     if directory is None or isinstance(error, KeyboardInterrupt):
         return
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    batch = _batch_of(error)
     error = _telling(error)
     kind = type(error)
     home = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
@@ -189,6 +190,8 @@ def _note(error: BaseException) -> None:
                 "message": str(error)[:_MAX_MESSAGE_CHARS],
                 "step": _last_step(directory),
                 "traceback": text[-_MAX_TRACEBACK_CHARS:],
+                "frame": _innermost_frame(error),
+                "batch": batch,
                 "generation": env.generation,
                 "rank": env.rank,
             },
@@ -213,6 +216,24 @@ def _telling(error: BaseException) -> BaseException:
         seen.add(id(first))
     outer, inner = (budgets.is_echo_of(type(one).__name__, str(one)) for one in (error, first))
     return first if outer != inner and not isinstance(error, ArcError) else error
+
+
+def _innermost_frame(error: BaseException) -> str:
+    """The line that raised it, as ``file:line in function``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+
+
+def _batch_of(error: BaseException) -> dict[str, Any] | None:
+    """Where in the data it happened: left there by the loop (`data.place`); the script may have wrapped it since."""
+    one: BaseException | None = error
+    seen: set[int] = set()
+    while one is not None and id(one) not in seen:
+        if isinstance(batch := getattr(one, "arc_batch", None), dict):
+            return cast("dict[str, Any]", batch)
+        seen.add(id(one))
+        one = one.__cause__ or one.__context__
+    return None
 
 
 def _last_step(directory: Path) -> int | None:

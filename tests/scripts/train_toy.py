@@ -1,7 +1,8 @@
 """Trains a toy under Arc with faults; every rank writes what it ended with, as JSON.
 
 Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "kills" ({rank: [steps]}), "raises"
-({rank: step}), "oom" (a cgroup in which the kills are the OOM killer's), "store", "settings" (of Arc).
+({rank: step}), "oom" (a cgroup in which the kills are the OOM killer's), "pauses" ({rank: step}: waits there for ever,
+the first time), "store", "settings" (of Arc).
 """
 
 import json
@@ -40,6 +41,10 @@ def main():
     def wrap(loss, arc):
         step = arc.steps_done + 1
         strike(step, "loss")
+        paused = out / f"paused-{rank}"
+        if config.get("pauses", {}).get(str(rank)) == step and not paused.exists():
+            paused.touch()
+            signal.pause()
         if config.get("raises", {}).get(str(rank)) == step:
             raise ValueError(f"the script's own bug at step {step}")
         return loss
