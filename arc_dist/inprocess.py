@@ -14,7 +14,6 @@ import contextlib
 import functools
 import gc
 import logging
-import multiprocessing
 import os
 import queue
 import random
@@ -218,7 +217,7 @@ class _Stayer:
         """In the channel's thread: the generation is over. The main thread learns it from its next collective."""
         if generation == self._generation:
             self._is_asked = True
-            self._peers.cut()
+            self._peers.cut(int(os.environ.get("MASTER_PORT", "0")))
             _abort_accelerators()
 
     def run(self, call: Callable[[], _R]) -> _R:
@@ -250,7 +249,7 @@ class _Stayer:
         level, what = (logging.DEBUG, repr(error)) if _is_loss(error) else (logging.WARNING, _in_full(error))
         logger.log(level, "generation %d is left because of %s", self._generation, what)
         script.note(error)
-        self._peers.cut()
+        self._peers.cut(int(os.environ.get("MASTER_PORT", "0")))
         for each in list(training):
             each.abandon(error)
         training.clear()
@@ -265,12 +264,13 @@ class _Stayer:
     def _clean_up(self) -> str:
         """Gets rid of the groups and the memory of the old generation; why it cannot, or ""."""
         import torch
-        import torch.distributed as dist
 
-        from arc_dist.peers import forget_meshes
+        from arc_dist.peers import forget_groups, forget_meshes
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            forget_groups()
+        except RuntimeError as error:
+            return f"its process groups cannot be destroyed: {error}"
         gc.collect()
         forget_meshes(f"generation {self._generation}")
         deadline = time.monotonic() + _SHARE_OF_WAIT * self._within_s

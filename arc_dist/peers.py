@@ -32,6 +32,7 @@ class PeerConnections:
 
     def __init__(self) -> None:
         self._sockets: dict[int, int] = {}  # descriptor -> inode; a descriptor alone may have been used again
+        self._before: dict[int, int] | None = None  # while a group is being made: what was open before it
         self._maker: Callable[..., Any] | None = None
 
     def watch(self) -> None:
@@ -48,28 +49,45 @@ class PeerConnections:
 
     def _make(self, *args: Any, **kwargs: Any) -> Any:
         assert self._maker is not None
-        before = _open_sockets()
+        before = self._before = _open_sockets()
         try:
             return self._maker(*args, **kwargs)
         finally:
+            self._before = None
             self._sockets.update(_open_sockets().items() - before.items())
 
-    def cut(self) -> None:
-        """Shuts them down. Safe from any thread; the sockets stay open until their groups are gone."""
-        for descriptor, inode in self._sockets.copy().items():
+    def cut(self, store_port: int) -> None:
+        """Shuts them down. Safe from any thread; the sockets stay open until their groups are gone.
+
+        Args:
+            store_port: of the generation's own store, at which a group that is being made waits for its peers.
+        """
+        before = self._before
+        of_groups = self._sockets.copy()
+        if before is not None:  # one is being made right now
+            of_groups.update(_open_sockets().items() - before.items())
+        for descriptor, inode in _open_sockets().items():
             with contextlib.suppress(OSError):  # closed meanwhile, or never connected
                 copy = os.dup(descriptor)
                 if os.fstat(copy).st_ino != inode:
                     os.close(copy)
                     continue
                 with socket.socket(fileno=copy) as sock:
-                    # gloo's thread ends the process when the socket that it accepts on fails.
-                    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    if _is_to(sock, store_port) or (of_groups.get(descriptor) == inode and not _accepts(sock)):
                         sock.shutdown(socket.SHUT_RDWR)
 
     def num_open(self) -> int:
         """How many are still there: not all groups are gone."""
         return len(self._sockets.items() & _open_sockets().items())
+
+
+def _accepts(sock: socket.socket) -> bool:
+    """Whether it waits for connections: gloo's thread ends the process when that fails."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _is_to(sock: socket.socket, port: int) -> bool:
+    return sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getpeername()[1] == port
 
 
 def _open_sockets() -> dict[int, int]:
@@ -81,6 +99,23 @@ def _open_sockets() -> dict[int, int]:
             if target.startswith("socket:["):
                 found[int(name)] = int(target[8:-1])
     return found
+
+
+def forget_groups() -> None:
+    """Destroys every process group, and what torch keeps of one whose making failed.
+
+    Groups are named by a count. Where it is not that of a new process, the ranks wait for each other under two names.
+    """
+    if c10d.is_initialized():
+        c10d.destroy_process_group()
+    world = c10d._world
+    for kept in (
+        *(world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config),
+        *(world.pg_to_tag, world.tags_to_pg, world.pg_coalesce_state),
+    ):
+        kept.clear()
+    world.group_count = 0
+    c10d._unregister_all_process_groups()
 
 
 def forget_meshes(mark: str) -> None:
@@ -116,8 +151,9 @@ def _clear_caches() -> None:
         (redistribute, "_gen_transform_infos"),
     ):
         cached = getattr(owner, name, None)
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
+        forget: Callable[[], None] | None = getattr(cached, "cache_clear", None)
+        if forget is not None:
+            forget()
     planners = getattr(redistribute, "_planner_cache", None)
     if planners is not None:
         planners.clear()

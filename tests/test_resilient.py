@@ -72,7 +72,13 @@ def lost_steps(tmp_path: Path, world_size: int) -> list[int]:
     return [len(steps) - len(set(steps)) for steps in texts]
 
 
-CASES = [("ddp", 2, {}), ("ddp", 2, {"batch_norm": True, "workers": 2}), ("fsdp", 2, {}), ("ddp", 4, {}), ("fsdp", 4, {})]
+CASES = [
+    ("ddp", 2, {}),
+    ("ddp", 2, {"batch_norm": True, "workers": 2}),
+    ("fsdp", 2, {}),
+    ("ddp", 4, {}),
+    ("fsdp", 4, {}),
+]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -132,7 +138,7 @@ def test_a_death_while_the_others_evaluate(tmp_path, kind):
 def test_a_death_in_the_middle_of_saves(tmp_path):
     toy = Toy(kind="ddp", steps=16)
     kills = {"1": [6, 11]}
-    settings = {"checkpoint_every": 1, "snapshot_every": 1, "max_bytes_per_s": 20_000}
+    settings = {"checkpoint_every": 2, "snapshot_every": 2, "max_bytes_per_s": 50_000}
     ended = job(tmp_path, toy, 2, kills=kills, store=str(tmp_path / "store"), settings=settings)
     assert_died(ended, tmp_path, kills)
     assert_bitwise(ended, toy, 2)
@@ -167,3 +173,19 @@ def test_what_keeps_failing_without_progress_ends_by_the_budget(tmp_path):
     ended = job(tmp_path, toy, 2, breaks_always={"1": 9}, code=77)
     assert ended.results == []
     assert len(ended.entries[1]) <= 5, ended.entries
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+def test_a_process_that_stays_twenty_times_does_not_grow(tmp_path, kind):
+    toy = Toy(kind=kind, steps=44)
+    kills = {"1": list(range(3, 43, 2))}
+    settings = {"snapshot_every": 2, "certify_after": 1, "checkpoint_every": 10}
+    ended = job(tmp_path, toy, 2, kills=kills, settings=settings, store=str(tmp_path / "store"))
+    assert_died(ended, tmp_path, kills)
+    assert_bitwise(ended, toy, 2)
+    usage = [json.loads(line) for line in (tmp_path / "usage-0").read_text().splitlines()]
+    assert len(usage) == 21
+    settled, last = usage[5], usage[-1]
+    assert last[1:3] == settled[1:3], usage  # descriptors and threads
+    assert last[3] <= 1.01 * settled[3], usage  # bytes in shared memory
+    assert last[0] - settled[0] < 16 << 20, usage  # fifteen re-entries later

@@ -47,6 +47,7 @@ from arc_dist.supervisor.events import (
     ZygoteSaid,
 )
 from arc_dist.supervisor.incidents import Incident
+from arc_dist.supervisor.long_run import LongRuns
 from arc_dist.supervisor.reentry import Reentry
 from arc_dist.supervisor.trainers import Trainer, Trainers
 from arc_dist.supervisor.watcher import Watcher
@@ -64,7 +65,6 @@ _COORDINATOR_LIMIT_S = 10.0
 _FAREWELL_LIMIT_S = 5.0
 _RETRY_S = 0.05
 _RETRY_MAX_S = 1.0
-_LONG_RUN_S = 60.0
 
 # What a trainer that was told to go is in while it saves its state, or does something of its own, and ends.
 _ENDS_BY_ITSELF = (layout.Phase.NONE, layout.Phase.LEAVING, layout.Phase.DONE)
@@ -158,7 +158,7 @@ class Supervisor:
         self._poller = DirectivePoller(self._ask, events)
         self._reentry = Reentry(setup.shm_dir, self._trainers, events, self._wait)
         self._incident: Incident | None = None
-        self._furthest = 0
+        self._long_runs = LongRuns(setup.rank, self._trainers)
         self._watcher = Watcher(setup.rank, setup.shm_dir, lambda: self._trainers.current, client, events)
         self._following = "run"  # the order about the present generation that is being followed
         self._departure = Departure(
@@ -299,7 +299,7 @@ class Supervisor:
             }
         trainer = self._reentry.enters(generation, plan, to_set)
         if trainer is None:
-            self._end_what_stayed()
+            self._await_room()
             trainer = self._trainers.fork(generation, plan, to_set)
         self._wait(lambda: trainer.pid is not None or trainer.returncode is not None)
         return trainer
@@ -336,7 +336,9 @@ class Supervisor:
             exited_at=trainer.exited_at or time.monotonic(),
             last_progress_at=self._trainers.last_progress_at(trainer),
         )
-        self._count_long_run(trainer, step)
+        report = self._long_runs.report(trainer, step)
+        if report is not None:
+            self._insist(lambda: self._client.progress(**report))
         self._insist(lambda: self._client.died(**self._death(trainer, cause, step)))
         logger.warning("%s", self._incident.first_line(trainer.pid))
 
@@ -345,8 +347,8 @@ class Supervisor:
         is_leaving = directive.get("leaving") or self._leaving_by is not None or self._departure.has_begun
         return not is_leaving and self._reentry.leaves()
 
-    def _end_what_stayed(self) -> None:
-        """A trainer that stayed, and cannot be used after all, makes room for another."""
+    def _await_room(self) -> None:
+        """Ends a trainer that stayed and cannot be used after all, with what it started."""
         if not self._trainers.gone:
             self._trainers.kill()
         if self._trainers.current is not None:
@@ -368,21 +370,6 @@ class Supervisor:
         if cause.returncode != ExitCode.PREEMPTED:
             logger.warning("generation %d: the trainer ended without a last checkpoint: %s", trainer.generation, cause)
         self._insist(lambda: self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer))))
-
-    def _count_long_run(self, trainer: Trainer, step: int | None) -> None:
-        """Lets a long run of a script that keeps its own checkpoints count as progress.
-
-        Such a script's steps are counted from its start in every generation, so they say nothing about how far the
-        job is. A short run counts only when it got further than any before.
-        """
-        if step is None or trainer.forked_at is None or trainer.exited_at is None:
-            return
-        if self._trainers.phase() != layout.Phase.NONE:
-            return
-        long = trainer.exited_at - trainer.forked_at >= _LONG_RUN_S
-        self._furthest = self._furthest + step if long else max(self._furthest, step)
-        report = {"rank": self._setup.rank, "generation": trainer.generation, "step": self._furthest}
-        self._insist(lambda: self._client.progress(**report))
 
     def _death(self, trainer: Trainer, cause: causes.Cause, step: int | None) -> dict[str, Any]:
         generation = trainer.generation

@@ -2,8 +2,8 @@
 
 Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "kills" ({rank: [steps]}), "where"
 ("loss", "body" or "evaluation"), "kills_at_entry" ({rank: [generations]}), "breaks" ({rank: [steps]}: raises what the
-loss of a peer looks like), "breaks_always" ({rank: step}), "raises" ({rank: step}: the script's own bug, every time), "sticks" ({rank: [step, how]}),
-"evaluates", "store", "settings" (of Arc), "within_s".
+loss of a peer looks like), "breaks_always" ({rank: step}), "raises" ({rank: step}: the script's own bug, every time),
+"sticks" ({rank: [step, how]}), "evaluates", "store", "settings" (of Arc), "within_s".
 """
 
 import datetime
@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from toy import Toy, guarded
-
 from arc_dist import resilient
+from toy import Toy, guarded
 
 CONFIG = json.loads(sys.argv[1])
 OUT = Path(CONFIG["out"])
@@ -56,10 +55,15 @@ def stick(rank, step):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "wait":  # in C, without Python's lock, for what nobody ever says
         dist.distributed_c10d._get_default_store().wait(["never"], datetime.timedelta(seconds=1000))
-    elif how == "group":
-        HELD.append(dist.new_group())
     elif how == "thread":
         threading.Thread(target=time.sleep, args=(1000,), name="careless").start()
+
+
+def usage():
+    """What this process holds: resident memory in bytes, descriptors, threads; and bytes of its snapshots."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    snapshots = sum(path.stat().st_size for path in Path(os.environ["ARC_SHM_DIR"]).iterdir())
+    return [resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), snapshots]
 
 
 def evaluate(rank, step):
@@ -75,11 +79,15 @@ def main():
     rank, generation = int(os.environ["RANK"]), int(os.environ["ARC_GENERATION"])
     with open(OUT / f"entries-{rank}", "a") as file:
         file.write(f"{os.getpid()} {generation}\n")
+    with open(OUT / f"usage-{rank}", "a") as file:
+        file.write(json.dumps(usage()) + "\n")
     if generation in steps_of("kills_at_entry", rank) and once(f"killed-{rank}-entry-{generation}"):
         os.kill(os.getpid(), signal.SIGKILL)
     dist.init_process_group("gloo")
+    group = dist.new_group()
     if CONFIG.get("sticks", {}).get(str(rank), [0, ""])[1] == "group":
-        stick(rank, CONFIG["sticks"][str(rank)][0])
+        HELD.append(group)
+    del group
 
     def wrap(loss, arc):
         step = arc.steps_done + 1
