@@ -7,7 +7,7 @@ long after a restart, so that other load on the machine, which drifts, weighs on
 restarts cost in the first windows, and the moments of the kills in the second.
 
     python benchmarks/bench_goodput.py                          # DDP and FSDP2
-    python benchmarks/bench_goodput.py --arms ddp fsdp torchrun # and plain torchrun with torch.save
+    python benchmarks/bench_goodput.py --arms ddp fsdp torchrun # and plain torchrun with DCP
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "ARC_RUN_DIR": str(directory / "run"),
             "ARC_MAX_RESTARTS": "100000",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # about half of torchrun's restarts fail without it (torch 2.13)
         }
         self.output_path = directory / "output"
         self.output = self.output_path.open("wb")

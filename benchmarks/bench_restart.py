@@ -1,10 +1,13 @@
-"""From the SIGKILL of one of two ranks to the first new step that both committed: ours, and torchrun's own restart.
+"""From the SIGKILL of one rank to the first new step that all committed: ours, and torchrun with a DCP checkpoint.
 
-Both arms run in turn on the same machine with the same model (an MLP of 94K parameters under DDP, gloo) and data.
-torchrun's arm gets the easier task: its script starts again from step 0 and restores nothing. A restart that brings no
-new step within the limit counts as failed, and its job is started anew.
+Both arms run in turn on the same machine with the same model (DDP, gloo) and data: an MLP of 94K parameters, or a GPT
+of 10.1M that each new process builds anew in both arms. torchrun's arm saves with torch.distributed.checkpoint every
+100 steps and goes on from there; it is given TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which about half of its
+restarts fail (torch 2.13). A restart that brings no new step within the limit counts as failed, and its job is started
+anew. "Death seen": from the kill to our supervisor's knowing of it.
 
     python benchmarks/bench_restart.py --kills 50 --torchrun-kills 10
+    python benchmarks/bench_restart.py --model gpt10m --ranks 4 --kills 20 --torchrun-kills 5 --between 10
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -22,13 +27,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stats import describe, setting
 
-WORLD_SIZE = 2
 SCRIPT = Path(__file__).with_name("restart_job.py")
 START_LIMIT_S = 120.0
-STEPS_BETWEEN_KILLS = 30
 
 
 @dataclasses.dataclass
@@ -45,34 +49,41 @@ class Trainer:
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """What one kill cost; `seconds` is None when training did not go on within the limit."""
+    """What one kill (at this time of the wall clock) cost; `seconds` is None when training did not go on in time."""
 
     seconds: float | None
     lost_steps: int
+    killed_at: float
 
 
 class Job:
     """A running job of one arm, and its log of committed steps."""
 
-    def __init__(self, arm: str, directory: Path) -> None:
+    def __init__(self, arm: str, directory: Path, options: argparse.Namespace) -> None:
         self.arm = arm
-        self.log = directory / "steps"
-        self.log.touch()
-        self._reader = self.log.open()
+        self.options = options
+        self.directory = directory
+        self.shm_root = Path(tempfile.mkdtemp(prefix="bench-restart-", dir="/dev/shm"))
+        (directory / "steps").touch()
+        self._reader = (directory / "steps").open()
         self._rest = ""
         self._trainers: dict[int, Trainer] = {}
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
         wrapper = ["-m", "arc_dist"] if arm == "arc" else []
         retries = [] if arm == "arc" else ["--max-restarts=1000"]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "ARC_RUN_DIR": str(directory / "run"),
+            "ARC_SHM_ROOT": str(self.shm_root),
             "ARC_MAX_RESTARTS": "100000",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         self.output_path = directory / "output"
         self.output = self.output_path.open("wb")
-        command = [*launcher, *retries, *wrapper, str(SCRIPT), arm, str(self.log)]
+        command = [*launcher, *retries, *wrapper, str(SCRIPT), arm, options.model, str(directory)]
+        command += ["--store"] if options.store else []
+        command += options.extra
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -96,12 +107,18 @@ class Job:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             fresh = {t.rank: t for t in self.read() if t.pid not in besides and t.num_steps >= number}
-            if len(fresh) == WORLD_SIZE:
+            if len(fresh) == self.options.ranks:
                 return list(fresh.values())
             if self.process.poll() is not None:
                 return None
             time.sleep(0.01)
         return None
+
+    def incidents(self, kind: str) -> list[dict[str, Any]]:
+        """What was noted of one kind; nothing without supervisors."""
+        path = self.directory / "run" / "incidents.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["kind"] == kind]
 
     def end(self) -> None:
         """Ends the launcher and its workers."""
@@ -118,57 +135,64 @@ class Job:
                     os.kill(pid, signal.SIGKILL)
         self.output.close()
         self._reader.close()
+        shutil.rmtree(self.shm_root)
 
 
 @contextlib.contextmanager
-def running(arm: str) -> Iterator[Job]:
+def running(arm: str, options: argparse.Namespace) -> Iterator[Job]:
     """A job that has committed its first steps."""
     with tempfile.TemporaryDirectory(prefix="bench-restart-") as directory:
-        job = Job(arm, Path(directory))
+        job = Job(arm, Path(directory), options)
         try:
-            if job.wait_for_steps(STEPS_BETWEEN_KILLS, besides=frozenset(), limit_s=START_LIMIT_S) is None:
+            if job.wait_for_steps(options.between, besides=frozenset(), limit_s=START_LIMIT_S) is None:
                 raise SystemExit(f"the {arm} job did not start:\n{job.output_path.read_text(errors='replace')}")
             yield job
         finally:
             job.end()
 
 
-def kill_one(job: Job, rank: int, rng: random.Random, limit_s: float) -> Restart:
-    """Kills a rank at a random moment and measures until both ranks have committed a new step."""
+def kill_one(job: Job, rank: int, rng: random.Random, number: int = signal.SIGKILL) -> Restart:
+    """Kills (or stops) a rank at a random moment and measures until all ranks have committed a new step."""
+    limit_s = job.options.limit_s
     time.sleep(rng.uniform(0.05, 0.25))
     before = job.read()
     old_pids = frozenset(trainer.pid for trainer in before)
     victim = {trainer.rank: trainer.pid for trainer in before}[rank]
-    os.kill(victim, signal.SIGKILL)
-    killed_at_s = time.monotonic()
+    os.kill(victim, number)
+    killed_at_s, killed_at = time.monotonic(), time.time()
     fresh = job.wait_for_steps(1, besides=old_pids, limit_s=limit_s)
     if fresh is None:
-        return Restart(None, 0)
+        return Restart(None, 0, killed_at)
     seconds = max(trainer.first_at_s for trainer in fresh) - killed_at_s
     last = max(trainer.last_step for trainer in before)
     first = min(trainer.first_step for trainer in fresh)
-    settled = job.wait_for_steps(STEPS_BETWEEN_KILLS, besides=old_pids, limit_s=limit_s)
-    return Restart(seconds, max(0, last + 1 - first)) if settled else Restart(None, 0)
+    settled = job.wait_for_steps(job.options.between, besides=old_pids, limit_s=limit_s)
+    return Restart(seconds if settled else None, max(0, last + 1 - first), killed_at)
 
 
-def measure(arm: str, kills: int, rng: random.Random, limit_s: float, verbose: bool = False) -> list[Restart]:
-    """One block: a job that is hurt `kills` times, its ranks in turn. A job that does not recover ends the block."""
+def measure(arm: str, kills: int, rng: random.Random, options: argparse.Namespace) -> tuple[list[Restart], list[float]]:
+    """One block: a job that is hurt `kills` times, its ranks in turn. A job that does not recover ends the block.
+
+    Returns:
+        Each kill's cost, and the seconds from each kill to the supervisor's knowing.
+    """
     results: list[Restart] = []
-    with running(arm) as job:
+    with running(arm, options) as job:
         for number in range(kills):
-            results.append(kill_one(job, number % WORLD_SIZE, rng, limit_s))
-            if verbose:
+            results.append(kill_one(job, number % options.ranks, rng))
+            if options.verbose:
                 print(f"{arm}: kill {number}: {results[-1]}")
             if results[-1].seconds is None:
                 print(f"{arm}: kill {number} of this job was not recovered from; its last words:", file=sys.stderr)
                 print("\n".join(job.output_path.read_text(errors="replace").splitlines()[-60:]), file=sys.stderr)
                 break
-        if verbose:
+        if options.verbose:
             print(job.output_path.read_text(errors="replace"))
-    return results
+        seen = [line["died_at"] for line in job.incidents("rank_died")]
+    return results, [at - restart.killed_at for restart, at in zip(results, seen, strict=False)]
 
 
-def report(name: str, results: list[Restart]) -> None:
+def report(name: str, results: list[Restart], seen: list[float]) -> None:
     """Prints one arm's row."""
     seconds = [r.seconds for r in results if r.seconds is not None]
     lost = [r.lost_steps for r in results if r.seconds is not None]
@@ -176,31 +200,43 @@ def report(name: str, results: list[Restart]) -> None:
     print(f"{name:9} recovered {len(seconds)} of {len(results)}: {describe(seconds, 's')}{worst}", end="")
     hurt = sum(1 for steps in lost if steps)
     print(f"; committed steps lost by {hurt} of {len(lost)} kills, {max(lost)} at most" if lost else "")
+    if seen:
+        milliseconds = [1e3 * value for value in seen]
+        print(f"{name:9} death seen after {describe(milliseconds, 'ms', 1)}, worst {max(milliseconds):.1f} ms")
 
 
 def main() -> None:
     """Runs both arms in interleaved blocks and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("mlp", "gpt10m"), default="mlp")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--between", type=int, default=30, help="steps from a restart to the next kill")
     parser.add_argument("--kills", type=int, default=50, help="of our arm")
     parser.add_argument("--torchrun-kills", type=int, default=10, help="of torchrun's arm")
     parser.add_argument("--blocks", type=int, default=5, help="jobs per arm, the arms in turn")
+    parser.add_argument("--store", action="store_true", help="our arm writes checkpoints every 100 steps too")
     parser.add_argument("--limit-s", type=float, default=60.0, help="a restart that takes longer has failed")
     parser.add_argument("--verbose", action="store_true", help="every kill, and what the jobs print")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.extra = []
     rng = random.Random(arguments.seed)
     print((__doc__ or "").splitlines()[0])
-    print(f"setting: {setting()}; seed {arguments.seed}; medians with 95 % intervals")
+    job = f"{arguments.model} on {arguments.ranks} ranks, seed {arguments.seed}"
+    print(f"setting: {setting()}; {job}; medians with 95 % intervals")
     wanted = {"arc": arguments.kills, "torchrun": arguments.torchrun_kills}
     results: dict[str, list[Restart]] = {arm: [] for arm in wanted}
+    seen: dict[str, list[float]] = {arm: [] for arm in wanted}
     while any(len(results[arm]) < number for arm, number in wanted.items()):
         for arm, number in wanted.items():
             missing = number - len(results[arm])
             if missing > 0:
                 kills = min(missing, -(-number // arguments.blocks))
-                results[arm] += measure(arm, kills, rng, arguments.limit_s, arguments.verbose)
+                restarts, delays = measure(arm, kills, rng, arguments)
+                results[arm] += restarts
+                seen[arm] += delays
     for arm in (name for name, number in wanted.items() if number):
-        report(arm, results[arm])
+        report(arm, results[arm], seen[arm])
     ours, theirs = ([r.seconds for r in results[arm] if r.seconds is not None] for arm in wanted)
     if ours and theirs:
         print(f"ratio of the medians: {statistics.median(theirs) / statistics.median(ours):.1f}")

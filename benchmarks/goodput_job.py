@@ -1,4 +1,4 @@
-"""The training script of bench_goodput.py: DDP or FSDP2 with `Arc`, or DDP with plain torch.save.
+"""The training script of bench_goodput.py: DDP or FSDP2 with `Arc`, or DDP with a plain DCP checkpoint.
 
 Every committed step appends "<monotonic ns> <rank> <pid> <step>" to a file.
 """
@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+
+from restart_job import load, save
 
 STEPS = 10_000_000  # it is ended from outside
 WIDTH = 256
@@ -67,14 +69,9 @@ def main() -> None:
 
 
 def _train_plainly(model, optimizer, data, loss_fn, committed, arguments) -> None:
-    """The usual loop: rank 0 saves the state every so many steps while the others wait; a restart loads it."""
-    path = arguments.directory / "checkpoint.pt"
-    step = 0
-    if path.exists():
-        saved = torch.load(path)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+    """The usual loop: the state is saved every so many steps; a restart loads it."""
+    path = arguments.directory / "dcp"
+    step = load(path, model, optimizer)
     generator = torch.Generator()
     while step < STEPS:
         generator.manual_seed(dist.get_rank() * STEPS + step)
@@ -85,11 +82,7 @@ def _train_plainly(model, optimizer, data, loss_fn, committed, arguments) -> Non
         optimizer.zero_grad()
         step += 1
         if step % arguments.checkpoint_every == 0:
-            if dist.get_rank() == 0:
-                draft = path.with_suffix(".draft")
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, draft)
-                draft.replace(path)
-            dist.barrier()
+            save(path, model, optimizer, step)
         committed(step)
 
 

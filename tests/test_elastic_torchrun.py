@@ -60,7 +60,7 @@ class Nodes:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_nodes_join_are_lost_and_join_again(tmp_path, kind):
     plan = Plan(kind=kind, ranks=1, accumulate=2)
     nodes = Nodes(tmp_path, plan)

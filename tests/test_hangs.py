@@ -139,20 +139,24 @@ def test_a_script_that_knows_nothing_of_us_is_watched_when_asked_for(tmp_path):
 def test_a_hang_that_always_comes_back_ends_the_job(tmp_path):
     """Without progress beyond it: exit code 77, and each time more patience."""
     toy = Toy(kind="single", steps=24)
-    settings = {"hang_min_s": 1.0, "hang_factor": 2.0}
+    settings = {"hang_min_s": 0.5, "hang_factor": 2.0}
     _, lines, output = job(tmp_path, toy, 1, code=77, kind="spin", rank=0, step=15, settings=settings, always=True)
     hangs = of_kind(lines, "hang")
     assert [hang["ranks"] for hang in hangs] == [[0]] * len(hangs)
     assert 3 <= len(hangs) <= 4, output
     waits_s = [hang["seen_after_s"] for hang in hangs]
-    assert waits_s[1] > 3.0 and waits_s[2] > 12.0, output
+    assert waits_s[1] > 1.5 and waits_s[2] > 6.0, output
     (stop,) = of_kind(lines, "job_stopped")
     assert "spin" not in stop["cause"] and "hung" in stop["cause"]
 
 
 @pytest.mark.parametrize(
     ("model", "world_size", "slow", "part"),
-    [("ddp", 3, "loss", "forward"), ("fsdp", 2, "data", "data wait"), ("fsdp", 2, "loss", "forward")],
+    [
+        ("ddp", 3, "loss", "forward"),
+        ("fsdp", 2, "data", "data wait"),
+        pytest.param("fsdp", 2, "loss", "forward", marks=pytest.mark.soak),
+    ],
 )
 def test_a_rank_that_is_slow_all_the_time_is_reported_once(tmp_path, model, world_size, slow, part):
     """Its steps take as long as all others', which wait for it; what differs is its own work."""

@@ -447,13 +447,22 @@ def test_a_script_that_writes_to_its_weights_is_left_alone_after_it_did_so_again
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 70), st.integers(0, 31), st.data())
 def test_the_digest_of_replicas_sees_any_one_bit_and_any_fill(numel, bit, data):
+    see_one_bit_and_a_fill(numel, bit, data.draw(st.integers(0, numel - 1)))
+
+
+@pytest.mark.parametrize("numel", [1, 2, 5])
+def test_the_digest_of_replicas_sees_each_bit_of_a_value(numel):
+    for bit in range(32):
+        see_one_bit_and_a_fill(numel, bit, numel - 1)
+
+
+def see_one_bit_and_a_fill(numel, bit, place):
     tensor = torch.full((numel,), 0.5)
     other = torch.arange(5.0)
     digest = ReplicaDigest()
     digest.watch([tensor, other.view(1, 5)])
     before = digest.digest()
     assert digest.digest() == before >= 0
-    place = data.draw(st.integers(0, numel - 1))
     tensor.view(torch.int32)[place] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
     assert digest.digest() != before
     tensor.fill_(0.25)

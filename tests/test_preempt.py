@@ -27,8 +27,17 @@ def progress(tmp_path, rank):
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
-@pytest.mark.parametrize("target", ["launcher", "one trainer"])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "target"),
+    [
+        ("ddp", 2, "one trainer"),
+        ("fsdp", 2, "launcher"),
+        ("single", 1, "launcher"),
+        pytest.param("ddp", 2, "launcher", marks=pytest.mark.soak),
+        pytest.param("fsdp", 2, "one trainer", marks=pytest.mark.soak),
+        pytest.param("single", 1, "one trainer", marks=pytest.mark.soak),
+    ],
+)
 def test_sigterm_saves_and_the_next_start_continues_bitwise(tmp_path, kind, ranks, target):
     toy = Toy(kind=kind, steps=1_000_000)
     store = tmp_path / "store"

@@ -46,14 +46,16 @@ class Case:
 
 
 CASES = [
-    Case(kind="ddp", rank=1, step=7, place="loss"),
     Case(kind="fsdp", rank=0, step=5, place="body", target="supervisor"),
     Case(kind="ddp", rank=0, step=None, place="save", target="launcher", times=2),
-    Case(kind="fsdp", rank=1, step=None, place="restore", how="SIGUSR1"),
-    Case(kind="ddp", rank=1, step=None, place="import", target="launcher"),
     Case(kind="fsdp", rank=1, step=9, place="loss", how="file"),
     Case(kind="fsdp", rank=0, step=9, place="loss", then="hang"),
     Case(kind="ddp", rank=1, step=8, place="loss", target="supervisor", then="die"),
+]
+MORE = [
+    Case(kind="ddp", rank=1, step=7, place="loss"),
+    Case(kind="fsdp", rank=1, step=None, place="restore", how="SIGUSR1"),
+    Case(kind="ddp", rank=1, step=None, place="import", target="launcher"),
 ]
 
 
@@ -142,7 +144,7 @@ def check(directory: Path, case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.soak) for case in MORE)], ids=str)
 def test_a_notice_is_heard_wherever_it_comes_and_the_next_start_goes_on_bitwise(tmp_path: Path, case: Case) -> None:
     check(tmp_path, case)
 

@@ -92,7 +92,26 @@ def test_a_stuck_process_shows_its_stack(tmp_path, body):
         assert child.process.is_alive()
 
 
-def test_a_stopped_process_is_known_as_stopped_and_answers_nothing(tmp_path):
+@pytest.fixture
+def without_py_spy(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(stacks.sys, "executable", str(tmp_path / "python"))
+
+
+def test_py_spy_shows_the_stack_of_a_stopped_process(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to trace another process")
+    with Child(tmp_path, sleep) as child:
+        while "sleep" not in [function for _, _, function in child.take().frames]:
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGSTOP)
+        taken = stacks.take(child.pid, child.ident.value, tmp_path, 0.2)
+        assert taken.text.count("by py-spy") == 2
+        assert [function for _, _, function in taken.frames][:2] == ["sleep", "_child"], taken.text
+        assert taken.frames[0][0] == __file__
+
+
+def test_a_stopped_process_is_known_as_stopped_and_answers_nothing(tmp_path, without_py_spy):
     with Child(tmp_path, sleep) as child:
         os.kill(child.pid, signal.SIGSTOP)
         deadline = time.monotonic() + 60
@@ -103,8 +122,7 @@ def test_a_stopped_process_is_known_as_stopped_and_answers_nothing(tmp_path):
         assert "State: T" in conduct.describe(child.pid)
 
 
-def test_a_process_that_blocks_the_signal_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
+def test_a_process_that_blocks_the_signal_is_not_waited_for_for_ever(tmp_path, without_py_spy):
     with Child(tmp_path, block_the_signal) as child:
         deadline = time.monotonic() + 60
         while not (tmp_path / "blocked").exists() and time.monotonic() < deadline:
@@ -116,7 +134,7 @@ def test_a_process_that_blocks_the_signal_is_not_waited_for_for_ever(tmp_path, m
         assert child.process.is_alive()
 
 
-def test_a_process_without_a_handler_is_not_signalled(tmp_path):
+def test_a_process_without_a_handler_is_not_signalled(tmp_path, without_py_spy):
     context = multiprocessing.get_context("fork")
     process = context.Process(target=time.sleep, args=(1000,))
     process.start()

@@ -56,7 +56,7 @@ class Live:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     out, run_dir = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("run")
     parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -247,8 +247,7 @@ def test_commit_refuses_replicas_that_differ_and_tensors_not_marked_replicated(r
 
 
 def test_commit_refuses_when_a_file_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 0.3)
-    store = Store(root, owner="a")
+    store = Store(root, owner="a", visible_timeout_s=0.3)
     parts = write(store, 3)
     path = root / "run" / "step-00000003" / "rank-00000.safetensors"
     kept = path.read_bytes()
@@ -256,7 +255,7 @@ def test_commit_refuses_when_a_file_is_not_there(root: Path, monkeypatch: pytest
     with pytest.raises(StoreGone, match="written by rank 0, but not there"):
         store.commit(3, 0, 1, parts, {"certified": True})
     # As on NFS: the file of another host is seen some time later.
-    monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 20.0)
+    monkeypatch.setattr(store, "_visible_timeout_s", 20.0)
     path.with_suffix(".late").write_bytes(kept)
     timer = threading.Timer(0.3, lambda: path.with_suffix(".late").rename(path))
     timer.start()

@@ -211,8 +211,8 @@ def test_a_step_that_vanished_after_the_announcement_is_written_in_full(tmp_path
 def test_a_commit_refuses_references_that_lead_nowhere(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 0.2)
     store, state = open_store(tmp_path), large_state()
+    monkeypatch.setattr(store, "_visible_timeout_s", 0.2)
     save_state(store, 1, state)
     (part,) = write(store, 2, state)
     held = tmp_path / "run" / directory(1)

@@ -107,7 +107,7 @@ def test_a_commit_at_the_same_moment_wins(store: Store, monkeypatch: pytest.Monk
 
 def test_a_save_that_wakes_up_during_the_removal_cannot_commit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tombstone has the manifest's name before the first file goes; the files go before the tombstone."""
-    monkeypatch.setattr("arc_dist.checkpoint_store.store._VISIBLE_TIMEOUT_S", 0.0)  # a commit waits for late files
+    monkeypatch.setattr(store, "_visible_timeout_s", 0.0)  # a commit waits for late files
     part = begin(store, 2)
     collect(store, after_s=0)
     seen: list[bool] = []

@@ -204,6 +204,7 @@ class HangDesk:
                 "cause": f"hang: {verdict.reason}",
                 "seen_by": "watch",
                 "seen_after_s": max(seen.elapsed_s for seen in blamed),
+                "limit_s": max(seen.limit_s for seen in blamed),
                 "where": {str(rank): str(testimony.seen) for rank, testimony in sorted(told.items())},
                 "stacks": None if path is None else str(path),
                 "action": f"kill {', '.join(f'rank {rank}' for rank in verdict.condemned)}",

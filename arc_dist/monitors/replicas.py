@@ -37,7 +37,7 @@ class ReplicaDigest:
             values = torch.stack(words).view(torch.int64).tolist()
         else:
             values = [int(word.view(torch.int64).item()) for word in words]
-        digest = 0
+        digest = len(values)
         for value in values:
             digest = mix(digest, value & (1 << 64) - 1)
         return digest

@@ -32,5 +32,12 @@ def odd_ones(digests: Sequence[Hashable]) -> tuple[int, ...]:
 
 
 def mix(digest: int, word: int) -> int:
-    """Adds one word to a digest; the order of the words matters."""
-    return ((digest ^ word) * 0x9E3779B97F4A7C15 + (digest >> 32)) & _MASK
+    """Adds one word of 64 bits to a digest; the order of the words matters.
+
+    A word goes in as two halves, each by a step that can be undone: with all else equal, words that differ in one half
+    always give different digests, whichever words follow.
+    """
+    for half in (word & 0xFFFF_FFFF, word >> 32):
+        digest = (digest ^ half) * 0x9E3779B97F4A7C15 & _MASK
+        digest ^= digest >> 29
+    return digest

@@ -2,7 +2,8 @@
 
 `install` is called in the freshly forked trainer. Its supervisor sends the signal and reads what `faulthandler` wrote
 to a file in shared memory. That works while the trainer spins, sleeps, waits in a system call or runs C code that holds
-the interpreter's lock; not while it is stopped or in an uninterruptible wait, for which /proc has to do (conduct.py).
+the interpreter's lock; not while it is stopped or in an uninterruptible wait. For these py-spy is asked where it is
+installed and may trace, and else /proc has to do (conduct.py).
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import dataclasses
 import faulthandler
 import fcntl
 import hashlib
+import json
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Far from both ends of the range, which C libraries, profilers and debuggers take first.
 SIGNAL = signal.SIGRTMIN + 13
@@ -139,21 +143,32 @@ def _ask(pid: int, directory: Path, timeout_s: float) -> str:
 
 
 def _ask_py_spy(pid: int) -> str:
-    """For a trainer that blocked the signal. py-spy needs the right to trace it, which containers often lack."""
-    program = shutil.which("py-spy")
+    """For a trainer that is stopped or blocked the signal. py-spy needs the right to trace it, as root has."""
+    beside = os.path.dirname(sys.executable)  # where pip put it, also when the environment is not activated
+    program = shutil.which("py-spy", path=os.pathsep.join((beside, os.environ.get("PATH", os.defpath))))
     if program is None:
         return ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(
-            [program, "dump", "--nonblocking", "--pid", str(pid)],
+            [program, "dump", "--nonblocking", "--json", "--pid", str(pid)],
             capture_output=True,
-            text=True,
             timeout=_PY_SPY_LIMIT_S,
             check=False,
         )
         if done.returncode == 0:
-            return done.stdout[:_MAX_BYTES]
+            return _as_faulthandler_writes(json.loads(done.stdout))[:_MAX_BYTES]
     return ""
+
+
+def _as_faulthandler_writes(threads: Sequence[Mapping[str, Any]]) -> str:
+    """What `py-spy dump --json` says, in the form that `main_frames` reads."""
+    lines: list[str] = []
+    for thread in threads:
+        lines.append(f"Thread 0x{thread['thread_id']:016x} (most recent call first, by py-spy):")
+        for frame in thread["frames"]:
+            lines.append(f'  File "{frame["filename"]}", line {frame["line"]} in {frame["name"]}')
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main_frames(text: str, thread: int) -> tuple[tuple[str, int, str], ...]:

@@ -1,7 +1,7 @@
 """Trains a toy under Arc with faults; every rank writes what it ended with, as JSON.
 
 Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "kills" ({rank: [steps]}), "raises"
-({rank: step}), "store", "settings" (of Arc).
+({rank: step}), "oom" (a cgroup in which the kills are the OOM killer's), "store", "settings" (of Arc).
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from memory_limit import exhaust
 from toy import Toy, guarded
 
 
@@ -32,6 +33,8 @@ def main():
         marker = out / f"killed-{rank}-{step}"
         if place == where and step in kills and not marker.exists():
             marker.write_text(str(os.getpid()))
+            if "oom" in config:
+                exhaust(Path(config["oom"]))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def wrap(loss, arc):
