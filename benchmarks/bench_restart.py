@@ -1,8 +1,10 @@
 """From the SIGKILL of one rank to the first new step that all committed: ours, and torchrun with a DCP checkpoint.
 
-Ours comes in two arms: all processes are forked anew ("arc"), or the survivors stay in theirs ("resilient"); beside them
-stands the floor of the second, two processes that destroy their gloo group and make another. All arms run in turn on the same machine with the same model (DDP, gloo) and data: an MLP of 94K parameters, or a GPT
-of 10.1M that each new process builds anew in both arms. torchrun's arm saves with torch.distributed.checkpoint every
+Ours comes in two arms: all processes are forked anew ("arc"), or the survivors stay in theirs ("resilient"). Beside
+them stands the floor of the second: two processes destroy their gloo group and make another.
+
+All arms run in turn on the same machine with the same model (DDP, gloo) and data: an MLP of 94K parameters, or a GPT
+of 10.1M that each new process builds anew in every arm. torchrun's arm saves with torch.distributed.checkpoint every
 100 steps and goes on from there; it is given TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which about half of its
 restarts fail (torch 2.13). A restart that brings no new step within the limit counts as failed, and its job is started
 anew. "Death seen": from the kill to our supervisor's knowing of it.

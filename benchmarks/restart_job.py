@@ -1,7 +1,7 @@
 """The training script of bench_restart.py: the same model and data with `Arc`, and with torchrun and a DCP checkpoint.
 
-Every committed step appends "<monotonic ns> <rank> <pid> <generation> <step>" to a file, so that the parent can tell when training
-went on after it killed a rank.
+Every committed step appends "<monotonic ns> <rank> <pid> <generation> <step>" to a file, so that the parent can tell
+when training went on after it killed a rank.
 """
 
 from __future__ import annotations

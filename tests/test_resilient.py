@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from arc_dist import resilient
 from ranks import run_ranks, run_supervised
 from toy import Toy, plain
 
@@ -79,9 +81,12 @@ CASES = [
     ("ddp", 4, {}),
     ("fsdp", 4, {}),
 ]
+QUICK = (0, 4)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize(
+    "case", [n if n in QUICK else pytest.param(n, marks=pytest.mark.soak) for n in range(len(CASES))]
+)
 def test_survivors_keep_their_processes_and_no_bit_changes(tmp_path, case):
     kind, world_size, variant = CASES[case]
     toy = Toy(kind=kind, steps=24, **variant)
@@ -124,7 +129,7 @@ def test_a_death_while_the_others_come_back(tmp_path):
     assert_bitwise(ended, toy, 3)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_a_death_while_the_others_evaluate(tmp_path, kind):
     toy = Toy(kind=kind, steps=16)
     kills = {"0": [9]}
@@ -145,7 +150,28 @@ def test_a_death_in_the_middle_of_saves(tmp_path):
     assert lost_steps(tmp_path, 2) == [0, 0], ended.output
 
 
-@pytest.mark.parametrize("how", ["sleep", "stop", "wait", "group", "thread"])
+def test_a_survivor_that_waits_at_the_store_of_its_generation_is_woken(tmp_path):
+    toy = Toy(kind="ddp", steps=16)
+    ended = job(tmp_path, toy, 2, kills={"1": [9]}, sticks={"0": [9, "wait"]})
+    assert (tmp_path / "stuck-0-9").exists()
+    assert_died(ended, tmp_path, {"1": [9]})
+    assert_bitwise(ended, toy, 2)
+
+
+def test_without_a_supervisor_the_function_is_called_as_it_is():
+    assert run_ranks(2, called_body) == [3, 4]
+
+
+def called_body(rank, world_size):
+    return resilient(lambda number: number + dist.get_rank())(3)
+
+
+soak = pytest.mark.soak
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param("sleep", marks=soak), "stop", "group", pytest.param("thread", marks=soak)]
+)
 def test_a_survivor_that_cannot_stay_is_replaced(tmp_path, how):
     toy = Toy(kind="ddp", steps=16)
     ended = job(tmp_path, toy, 2, kills={"1": [9]}, sticks={"0": [9, how]}, within_s=3.0)
