@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -28,7 +28,7 @@ CHECKPOINT_EVERY = 100
 CONTEXT = 64
 
 
-def build(name: str) -> tuple[nn.Module, Dataset, int]:
+def build(name: str) -> tuple[nn.Module, TensorDataset, int]:
     """A model, its data, and the rows of a batch."""
     if name == "gpt10m":
         tokens = torch.randint(0, 256, (4096, CONTEXT + 1))
