@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from arc_dist.arc import Action, Arc
     from arc_dist.checkpoint_store.store import Store
     from arc_dist.data.sampler import SeededSampler
+    from arc_dist.inprocess import resilient
     from arc_dist.loop import StepResult
     from arc_dist.protocol.healing import HealingPolicy, Verdict
 
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Arc",
+    "resilient",
     "Action",
     "StepResult",
     "Verdict",
@@ -48,6 +50,7 @@ __all__ = [
 
 _LAZY = {
     "Arc": "arc_dist.arc",
+    "resilient": "arc_dist.inprocess",
     "Action": "arc_dist.arc",
     "StepResult": "arc_dist.loop",
     "Verdict": "arc_dist.protocol.healing",

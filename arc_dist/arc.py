@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from arc_dist import inprocess
 from arc_dist.checkpoint_store.tiers import Tier, parse_tiers
 from arc_dist.config import Env
 from arc_dist.engine import Engine, Resumed
@@ -133,6 +134,7 @@ class Arc:
         if self._training or self._hooks is not None:
             raise ConfigError("this Arc is in use already: call train() once, or step(), not both. Make a new Arc.")
         self._training = True
+        inprocess.training.add(self)
         engine = self._engine
         try:
             engine.start(norm_is_global=self._clipped_everywhere(), owns_backward=True)
@@ -140,13 +142,22 @@ class Arc:
             loop = GuardedLoop(engine, loss_fn, source, steps)
             engine.resume(data=source, warm_up=loop.warm_up)
             yield from loop.run()
-        except Exception:
-            # The other ranks may be gone: nothing is waited for that needs them.
-            engine.close(abort=True)
+        except Exception as error:
+            self.abandon(error)
             raise
         finally:
             engine.close()
             self._training = False
+
+    def abandon(self, error: BaseException) -> None:
+        """Gives up at once, because of `error`. Local: the other ranks may be gone, so nothing waits for them."""
+        if inprocess.stays() and self._engine.between:
+            self._engine.part(error)
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        self._engine.close(abort=True)
+        self._engine.let_go_of_data()
 
     def _clipped_everywhere(self) -> bool:
         settings = self._engine.settings
@@ -196,6 +207,7 @@ class Arc:
         Every rank must call this; it blocks. Returns None when training starts afresh.
         """
         engine = self._engine
+        inprocess.training.add(self)
         engine.start(norm_is_global=False)
         resumed = engine.resume()
         self._hooks = StepHooks(engine)

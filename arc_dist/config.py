@@ -35,6 +35,7 @@ class Env:
     log_level: str = "info"  # ARC_LOG_LEVEL, for users: debug, info, warning, error
     max_restarts: int = 100  # ARC_MAX_RESTARTS, for users: bound on restarts for infrastructure faults
     hang_deadline_s: float | None = None  # ARC_HANG_DEADLINE_S, for users: the default of Arc(hang_deadline_s=...)
+    reentry_s: float = 5.0  # ARC_REENTRY_S, for users: the default of @resilient(within_s=...)
     grace_s: float = 30.0  # ARC_GRACE_S, for users: from a preemption notice to the end of all processes
     preempt_signals: tuple[int, ...] = (int(signal.SIGTERM),)  # ARC_PREEMPT_SIGNALS, for users: which are notices
     host_timeout_s: float = 15.0  # ARC_HOST_TIMEOUT_S, for users: silence after which a host is lost; 0 loses none
@@ -87,6 +88,7 @@ class Env:
             log_level=env.get("ARC_LOG_LEVEL", "info").lower(),
             max_restarts=_integer(env, "ARC_MAX_RESTARTS", 100),
             hang_deadline_s=_seconds(env, "ARC_HANG_DEADLINE_S"),
+            reentry_s=Env.reentry_s if (reentry_s := _seconds(env, "ARC_REENTRY_S")) is None else reentry_s,
             grace_s=_grace(env),
             preempt_signals=_signals(env, "ARC_PREEMPT_SIGNALS", "SIGTERM"),
             host_timeout_s=_host_timeout(env),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from arc_dist import restore
+from arc_dist import inprocess, restore
 from arc_dist.checkpoint_store.drain import Drainer
 from arc_dist.checkpoint_store.tiers import Tier, Tiers
 from arc_dist.checkpointer import Checkpointer
@@ -75,7 +75,9 @@ class Engine:
         self.env = env
         self.sections = Sections(settings.hang_policy, settings.straggler_factor)
         self.updating = False
+        self.between = False  # a step is committed, and nothing of the next has begun
         self.resumed: Resumed | None = None
+        self._source: BatchSource | None = None
         self._tiers = tuple(tiers)
         self._run = run
         self._checkpointer: Checkpointer | None = None
@@ -308,7 +310,9 @@ class Engine:
         # The loop counts updates; how many batches they need is not known, since some are dropped on the way.
         endless = steps is not None and epochs is None
         world = World(self.rank, self.world_size, self.settings.accumulate)
-        return BatchSource(loader, epochs=epochs, steps=ENDLESS if endless else None, exact=exact, world=world)
+        source = BatchSource(loader, epochs=epochs, steps=ENDLESS if endless else None, exact=exact, world=world)
+        self._source = source
+        return source
 
     def trained_parameters(self) -> list[torch.Tensor]:
         """All parameters of all optimizers, each once, in the models' order.
@@ -346,6 +350,7 @@ class Engine:
         If it does, the record made before the vote does not tell the state of the generators at the boundary, and
         survivors cannot stand in exactly for a rank that died; recovery then goes back to the last snapshot.
         """
+        self.between = False
         if self._record is not None and self._rng is not None and not same_rng(capture_rng(), self._rng):
             self._record = None
             logger.info("the loop's body draws random numbers: a lost rank will cost the steps since the last snapshot")
@@ -356,6 +361,7 @@ class Engine:
 
     def progressed(self) -> None:
         """A step was committed."""
+        self.between = True
         now = time.monotonic()
         step = self.guard.step
         if self._status is not None:
@@ -438,7 +444,7 @@ class Engine:
             status.write(phase=Phase.PARTING, step=step, generation=generation)
             self._leave_state_behind(self._record)
         status.write(phase=Phase.PARTED, step=step, generation=generation)
-        if _is_loss_of_peer(error):
+        if _is_loss_of_peer(error) and not inprocess.stays():
             logger.debug("after step %d: %s", step, error)
             time.sleep(_END_EXPECTED_WITHIN_S)
 
@@ -451,12 +457,18 @@ class Engine:
             return
         small = guard.small()
         small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
-        small["data"] = guard.data.position_before_fetch() if isinstance(guard.data, BatchSource) else None
+        data = guard.data if isinstance(guard.data, BatchSource) else None
+        small["data"] = data and (data.position() if self.between else data.position_before_fetch())
         specs, tensors = self.state.tensors()
         if not guard.watch.scan() and small["data"] is not None:
             self.ring.capture(guard.step, self.env.generation, specs, tensors, small, parting=True)
 
     # ------------------------------------------------------------------ leaving
+
+    def let_go_of_data(self) -> None:
+        """Ends the loader's workers now: where only the garbage collector does, each is waited for in vain for 5 s."""
+        if self._source is not None:
+            self._source.close()
 
     def close(self, *, abort: bool = False) -> None:
         """Ends threads and gives memory back; does not communicate.

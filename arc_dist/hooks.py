@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from arc_dist import inprocess
 from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient
 from arc_dist.guard import Guard
@@ -195,12 +196,25 @@ class ScriptGuard:
         self._listener = ClipListener()
         self._judges: weakref.WeakKeyDictionary[torch.optim.Optimizer, OptimizerJudge] = weakref.WeakKeyDictionary()
         self._modules: list[weakref.ref[nn.Module]] = []
+        self._rings: list[SnapshotRing] = []
         self._recorder: Recorder | None = None
         self._status = StatusPage.open(self._env.shm_dir) if self._env.shm_dir is not None else None
         self._seen = nn.modules.module.register_module_forward_pre_hook(self._see_module)
         self._listener.install()
+        inprocess.at_reentry(self._renew)
         register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before(optimizer))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: self._after(optimizer))
+
+    def _renew(self) -> None:
+        """The script's function is called again: its optimizers will be others, in another generation."""
+        for ring in self._rings:
+            ring.close()
+        self._rings.clear()
+        self._modules.clear()
+        self._judges.clear()
+        self._env = Env.read()
+        self._seen.remove()
+        self._seen = nn.modules.module.register_module_forward_pre_hook(self._see_module)
 
     def _see_module(self, module: nn.Module, inputs: Any) -> None:
         """Remembers the modules of the first forward pass, outermost first: one of them is the optimizer's model."""
@@ -229,11 +243,13 @@ class ScriptGuard:
         kind = parallelism([model], voter.world_size)
         if self._recorder is None and voter.rank == 0:
             self._recorder = Recorder(self._sender())
+        ring = SnapshotRing(None, slots=settings.snapshots, root=env.shm_root)
+        self._rings.append(ring)
         guard = Guard(
             state=TrainingState(models={"": model}, optimizers={"": optimizer}, schedulers=[], scaler=None, extras={}),
             settings=settings,
             voter=voter,
-            ring=SnapshotRing(None, slots=settings.snapshots, root=env.shm_root),
+            ring=ring,
             replicated=kind is Parallelism.REPLICATED,
             norm_is_global=False,
             generation=env.generation,

@@ -1,7 +1,10 @@
 """From the SIGKILL of one rank to the first new step that all committed: ours, and torchrun with a DCP checkpoint.
 
-Both arms run in turn on the same machine with the same model (DDP, gloo) and data: an MLP of 94K parameters, or a GPT
-of 10.1M that each new process builds anew in both arms. torchrun's arm saves with torch.distributed.checkpoint every
+Ours comes in two arms: all processes are forked anew ("arc"), or the survivors stay in theirs ("resilient"). Beside
+them stands the floor of the second: two processes destroy their gloo group and make another.
+
+All arms run in turn on the same machine with the same model (DDP, gloo) and data: an MLP of 94K parameters, or a GPT
+of 10.1M that each new process builds anew in every arm. torchrun's arm saves with torch.distributed.checkpoint every
 100 steps and goes on from there; it is given TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which about half of its
 restarts fail (torch 2.13). A restart that brings no new step within the limit counts as failed, and its job is started
 anew. "Death seen": from the kill to our supervisor's knowing of it.
@@ -16,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -29,6 +33,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
 from stats import describe, setting
 
 SCRIPT = Path(__file__).with_name("restart_job.py")
@@ -41,10 +49,16 @@ class Trainer:
 
     rank: int
     pid: int
+    generation: int
     first_at_s: float
     first_step: int
     last_step: int
     num_steps: int = 1
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """A process that stays is another one in each generation."""
+        return self.pid, self.generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Restart:
     seconds: float | None
     lost_steps: int
     killed_at: float
+    survivors_s: float | None = None  # until the first new step of the ranks that were not killed
+    num_stayed: int = 0  # ranks that went on in the same process
 
 
 class Job:
@@ -67,10 +83,10 @@ class Job:
         (directory / "steps").touch()
         self._reader = (directory / "steps").open()
         self._rest = ""
-        self._trainers: dict[int, Trainer] = {}
+        self._trainers: dict[tuple[int, int], Trainer] = {}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
-        wrapper = ["-m", "arc_dist"] if arm == "arc" else []
-        retries = [] if arm == "arc" else ["--max-restarts=1000"]
+        wrapper = ["-m", "arc_dist"] if arm != "torchrun" else []
+        retries = [] if arm != "torchrun" else ["--max-restarts=1000"]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -93,20 +109,22 @@ class Job:
         text = self._rest + self._reader.read()
         whole, _, self._rest = text.rpartition("\n")
         for line in whole.splitlines():
-            at_ns, rank, pid, step = map(int, line.split())
-            trainer = self._trainers.get(pid)
+            at_ns, rank, pid, generation, step = map(int, line.split())
+            trainer = self._trainers.get((pid, generation))
             if trainer is None:
-                self._trainers[pid] = Trainer(rank, pid, at_ns / 1e9, step, step)
+                self._trainers[pid, generation] = Trainer(rank, pid, generation, at_ns / 1e9, step, step)
             else:
                 trainer.last_step = max(trainer.last_step, step)
                 trainer.num_steps += 1
         return list(self._trainers.values())
 
-    def wait_for_steps(self, number: int, *, besides: frozenset[int], limit_s: float) -> list[Trainer] | None:
-        """Waits until every rank has a process, not one of `besides`, that committed `number` steps."""
+    def wait_for_steps(
+        self, number: int, *, besides: frozenset[tuple[int, int]], limit_s: float
+    ) -> list[Trainer] | None:
+        """Waits until every rank has a trainer, not one of `besides`, that committed `number` steps."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            fresh = {t.rank: t for t in self.read() if t.pid not in besides and t.num_steps >= number}
+            fresh = {t.rank: t for t in self.read() if t.key not in besides and t.num_steps >= number}
             if len(fresh) == self.options.ranks:
                 return list(fresh.values())
             if self.process.poll() is not None:
@@ -156,18 +174,21 @@ def kill_one(job: Job, rank: int, rng: random.Random, number: int = signal.SIGKI
     limit_s = job.options.limit_s
     time.sleep(rng.uniform(0.05, 0.25))
     before = job.read()
-    old_pids = frozenset(trainer.pid for trainer in before)
+    old = frozenset(trainer.key for trainer in before)
     victim = {trainer.rank: trainer.pid for trainer in before}[rank]
     os.kill(victim, number)
     killed_at_s, killed_at = time.monotonic(), time.time()
-    fresh = job.wait_for_steps(1, besides=old_pids, limit_s=limit_s)
+    fresh = job.wait_for_steps(1, besides=old, limit_s=limit_s)
     if fresh is None:
         return Restart(None, 0, killed_at)
     seconds = max(trainer.first_at_s for trainer in fresh) - killed_at_s
     last = max(trainer.last_step for trainer in before)
     first = min(trainer.first_step for trainer in fresh)
-    settled = job.wait_for_steps(job.options.between, besides=old_pids, limit_s=limit_s)
-    return Restart(seconds if settled else None, max(0, last + 1 - first), killed_at)
+    survivors_s = max((t.first_at_s for t in fresh if t.rank != rank), default=killed_at_s) - killed_at_s
+    stayed = {trainer.pid for trainer in before} & {trainer.pid for trainer in fresh}
+    settled = job.wait_for_steps(job.options.between, besides=old, limit_s=limit_s)
+    lost = max(0, last + 1 - first)
+    return Restart(seconds if settled else None, lost, killed_at, survivors_s, len(stayed))
 
 
 def measure(arm: str, kills: int, rng: random.Random, options: argparse.Namespace) -> tuple[list[Restart], list[float]]:
@@ -200,18 +221,54 @@ def report(name: str, results: list[Restart], seen: list[float]) -> None:
     print(f"{name:9} recovered {len(seconds)} of {len(results)}: {describe(seconds, 's')}{worst}", end="")
     hurt = sum(1 for steps in lost if steps)
     print(f"; committed steps lost by {hurt} of {len(lost)} kills, {max(lost)} at most" if lost else "")
+    if name == "resilient" and seconds:
+        stayed = [r.num_stayed for r in results if r.seconds is not None]
+        survivors = [r.survivors_s for r in results if r.survivors_s is not None]
+        print(f"{name:9} survivors' own first step after {describe(survivors, 's')}; {sum(stayed)} processes stayed")
     if seen:
         milliseconds = [1e3 * value for value in seen]
         print(f"{name:9} death seen after {describe(milliseconds, 'ms', 1)}, worst {max(milliseconds):.1f} ms")
 
 
+def measure_floor(times: int) -> list[float]:
+    """How long two processes take to destroy their gloo group and to make another, in seconds, each time."""
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(times + 1)]
+    context = multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    ports = [store.port for store in stores]
+    ranks = [context.Process(target=_rebuild, args=(rank, ports, found)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    seconds = found.get()
+    for rank in ranks:
+        rank.join()
+    return seconds
+
+
+def _rebuild(rank: int, ports: list[int], found: Any) -> None:
+    seconds: list[float] = []
+    for number, port in enumerate(ports):
+        began = time.monotonic()
+        if number:
+            dist.destroy_process_group()
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        dist.all_reduce(torch.ones(1))
+        if number:
+            seconds.append(time.monotonic() - began)
+    if rank == 0:
+        found.put(seconds)
+    dist.destroy_process_group()
+
+
 def main() -> None:
-    """Runs both arms in interleaved blocks and prints the figures."""
+    """Runs all arms in interleaved blocks and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("mlp", "gpt10m"), default="mlp")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--between", type=int, default=30, help="steps from a restart to the next kill")
     parser.add_argument("--kills", type=int, default=50, help="of our arm")
+    parser.add_argument("--resilient-kills", type=int, default=50, help="of our arm whose survivors stay")
     parser.add_argument("--torchrun-kills", type=int, default=10, help="of torchrun's arm")
     parser.add_argument("--blocks", type=int, default=5, help="jobs per arm, the arms in turn")
     parser.add_argument("--store", action="store_true", help="our arm writes checkpoints every 100 steps too")
@@ -224,10 +281,12 @@ def main() -> None:
     print((__doc__ or "").splitlines()[0])
     job = f"{arguments.model} on {arguments.ranks} ranks, seed {arguments.seed}"
     print(f"setting: {setting()}; {job}; medians with 95 % intervals")
-    wanted = {"arc": arguments.kills, "torchrun": arguments.torchrun_kills}
+    wanted = {"arc": arguments.kills, "resilient": arguments.resilient_kills, "torchrun": arguments.torchrun_kills}
+    floor: list[float] = []
     results: dict[str, list[Restart]] = {arm: [] for arm in wanted}
     seen: dict[str, list[float]] = {arm: [] for arm in wanted}
     while any(len(results[arm]) < number for arm, number in wanted.items()):
+        floor += measure_floor(5)
         for arm, number in wanted.items():
             missing = number - len(results[arm])
             if missing > 0:
@@ -237,9 +296,17 @@ def main() -> None:
                 seen[arm] += delays
     for arm in (name for name, number in wanted.items() if number):
         report(arm, results[arm], seen[arm])
-    ours, theirs = ([r.seconds for r in results[arm] if r.seconds is not None] for arm in wanted)
-    if ours and theirs:
-        print(f"ratio of the medians: {statistics.median(theirs) / statistics.median(ours):.1f}")
+    print(f"floor     a gloo group of two destroyed and made: {describe(floor, 's')}")
+    medians = {
+        arm: statistics.median(seconds)
+        for arm in wanted
+        if (seconds := [r.seconds for r in results[arm] if r.seconds is not None])
+    }
+    for name, base in (("torchrun", "arc"), ("resilient", "arc")):
+        if name in medians and base in medians:
+            print(f"ratio of the medians, {name} / {base}: {medians[name] / medians[base]:.2f}")
+    if "resilient" in medians:
+        print(f"ratio of the medians, resilient / floor: {medians['resilient'] / statistics.median(floor):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The training script of bench_restart.py: the same model and data with `Arc`, and with torchrun and a DCP checkpoint.
 
-Every committed step appends "<monotonic ns> <rank> <pid> <step>" to a file, so that the parent can tell when training
-went on after it killed a rank.
+Every committed step appends "<monotonic ns> <rank> <pid> <generation> <step>" to a file, so that the parent can tell
+when training went on after it killed a rank.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build(name: str) -> tuple[nn.Module, TensorDataset, int]:
 def main() -> None:
     """Trains until it is killed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=("arc", "torchrun"))
+    parser.add_argument("arm", choices=("arc", "resilient", "torchrun"))
     parser.add_argument("model", choices=("mlp", "gpt10m"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--store", action="store_true")
@@ -59,9 +59,10 @@ def main() -> None:
         return nn.functional.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
     def committed(step: int) -> None:
-        os.write(log, f"{time.monotonic_ns()} {dist.get_rank()} {os.getpid()} {step}\n".encode())
+        generation = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        os.write(log, f"{time.monotonic_ns()} {dist.get_rank()} {os.getpid()} {generation} {step}\n".encode())
 
-    if arguments.arm == "arc":
+    if arguments.arm != "torchrun":
         from arc_dist import Arc
         from arc_dist.data.sampler import SeededSampler
 
@@ -126,4 +127,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 if __name__ == "__main__":
+    if "resilient" in sys.argv[1:2]:
+        from arc_dist import resilient
+
+        main = resilient(main)
     main()

@@ -225,9 +225,9 @@ def test_what_a_chain_of_exceptions_began_with_tells_whose_fault_it_was() -> Non
         except KeyError as error:
             raise ValueError("no such setting") from error
 
-    assert str(script._telling(_raised(wrapped))) == "Connection closed by peer"
-    assert str(script._telling(_raised(cleaned_up))) == "shapes differ"
-    assert str(script._telling(_raised(own))) == "no such setting"
+    assert str(script.telling(_raised(wrapped))) == "Connection closed by peer"
+    assert str(script.telling(_raised(cleaned_up))) == "shapes differ"
+    assert str(script.telling(_raised(own))) == "no such setting"
 
 
 def test_how_a_script_takes_an_order_to_end_is_no_bug_of_its_own() -> None:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from arc_dist import inprocess
+from arc_dist.config import Env
 from arc_dist.snapshot.layout import Phase, StatusPage
 
 
@@ -21,4 +23,9 @@ def count_steps(directory: Path, generation: int) -> None:
             steps += 1
             page.write(phase=Phase.NONE, step=steps, generation=generation)
 
+    def renew() -> None:
+        nonlocal steps, generation
+        steps, generation = 0, Env.read().generation
+
     register_optimizer_step_post_hook(count)
+    inprocess.at_reentry(renew)

@@ -7,6 +7,7 @@ a thread reads it there and can still tell others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 from arc_dist.protocol.leaving import Notices, Response, note
 
 _WORKER_LIMIT_S = 20.0
+_END = 0  # no signal's number
 
 
 class NoticeSignals:
@@ -65,7 +67,9 @@ class NoticeSignals:
             self._pipe = None
             if (there := signal.set_wakeup_fd(-1)) not in (-1, write_end):
                 signal.set_wakeup_fd(there)  # somebody else's by now
-            os.close(write_end)  # ends the thread, which closes the other end
+            with contextlib.suppress(BlockingIOError):  # the pipe is full of signals, and nobody reads it
+                os.write(write_end, bytes([_END]))  # a forked worker may hold this end, too, so closing says nothing
+            os.close(write_end)
 
     def _take(self, number: int) -> None:
         old = signal.getsignal(number)
@@ -114,7 +118,7 @@ class NoticeSignals:
         _forget_in_forks(write_end)
 
         def watch() -> None:
-            while data := os.read(read_end, 64):
+            while (data := os.read(read_end, 64)) and _END not in data:
                 for number in data:
                     if number in self._numbers:
                         tell(number)
@@ -130,7 +134,8 @@ def _forget_in_forks(write_end: int) -> None:
     """A signal that a forked worker gets must not be read as one of ours from the pipe that it inherited."""
     if not _fork_hooks:
         os.register_at_fork(after_in_child=_forget_pipe)
-    _fork_hooks.append(write_end)
+    if write_end not in _fork_hooks:
+        _fork_hooks.append(write_end)
 
 
 def _forget_pipe() -> None:

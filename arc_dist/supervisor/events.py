@@ -38,6 +38,14 @@ class ZygoteLost:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainerSaid:
+    """A message of a trainer that can stay (channel.py lists them), or ``ended``: its end of `sock` is closed."""
+
+    message: dict[str, Any]
+    sock: socket.socket
+
+
+@dataclasses.dataclass(frozen=True)
 class Directed:
     """The coordinator answered the question for `generation` with something else than "wait"."""
 
@@ -106,6 +114,7 @@ class Failed:
 Event = (
     ZygoteSaid
     | ZygoteLost
+    | TrainerSaid
     | Directed
     | CoordinatorLost
     | CoordinatorFound

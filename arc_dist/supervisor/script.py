@@ -74,7 +74,7 @@ def run_call(call: Callable[[], None]) -> NoReturn:
         raise
     except BaseException as error:
         error.__traceback__ = _without_our_frames(error.__traceback__)
-        _note(error)
+        note(error)
         if isinstance(error, ArcError):
             sys.excepthook(type(error), error, error.__traceback__)
             raise SystemExit(int(error.exit_code)) from None
@@ -171,7 +171,7 @@ def _strip_on_display(error: BaseException) -> None:
     sys.excepthook = display
 
 
-def _note(error: BaseException) -> None:
+def note(error: BaseException) -> None:
     """Leaves what happened where the supervisor finds it. Best effort: the traceback itself is printed anyway."""
     env = Env.read()
     directory = env.shm_dir
@@ -179,7 +179,7 @@ def _note(error: BaseException) -> None:
         return
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     batch = _batch_of(error)
-    error = _telling(error)
+    error = telling(error)
     kind = type(error)
     home = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
     try:
@@ -200,7 +200,7 @@ def _note(error: BaseException) -> None:
         sys.stderr.write(f"[arc] could not note the exception for the supervisor in {directory}: {problem}\n")
 
 
-def _telling(error: BaseException) -> BaseException:
+def telling(error: BaseException) -> BaseException:
     """The exception of a chain that tells whose fault it was: the outermost, or the one that it all began with.
 
     A script may wrap the loss of a peer into an error of its own, and the loss of a peer may be what its clean-up

@@ -44,11 +44,14 @@ from arc_dist.supervisor.events import (
     GraceEnds,
     Noticed,
     Signalled,
+    TrainerSaid,
     Unsignalled,
     ZygoteLost,
     ZygoteSaid,
 )
 from arc_dist.supervisor.incidents import Incident
+from arc_dist.supervisor.long_run import LongRuns
+from arc_dist.supervisor.reentry import Reentry
 from arc_dist.supervisor.trainers import Trainer, Trainers
 from arc_dist.supervisor.watcher import Watcher
 from arc_dist.telemetry.log import logger
@@ -65,7 +68,6 @@ _COORDINATOR_LIMIT_S = 10.0
 _FAREWELL_LIMIT_S = 5.0
 _RETRY_S = 0.05
 _RETRY_MAX_S = 1.0
-_LONG_RUN_S = 60.0
 
 # What a trainer that was told to go is in while it saves its state, or does something of its own, and ends.
 _ENDS_BY_ITSELF = (layout.Phase.NONE, layout.Phase.LEAVING, layout.Phase.DONE)
@@ -161,8 +163,9 @@ class Supervisor:
         self._coordinator_lost_at: float | None = None
         self._coordinator_error = ""
         self._poller = DirectivePoller(self._ask, events)
+        self._reentry = Reentry(setup.shm_dir, self._trainers, events, self._wait)
         self._incident: Incident | None = None
-        self._furthest = 0
+        self._long_runs = LongRuns(setup.rank, self._trainers)
         self._watcher = Watcher(setup.rank, setup.shm_dir, lambda: self._trainers.current, client, events)
         self._restocker = Restocker(
             peers=setup.peers,
@@ -206,7 +209,8 @@ class Supervisor:
                     return ending
                 directive = self._take_directive(generation)
             if directive["kind"] == "end":
-                self._part_and_kill(directive["reason"], leaving=int(directive.get("leaving", 0)))
+                if not self._stays(directive):
+                    self._part_and_kill(directive["reason"], leaving=int(directive.get("leaving", 0)))
                 trainer = self._trainers.current
                 if trainer is not None and trainer.returncode is not None and self._ends_with(trainer):
                     return self._leave(trainer, self._trainers.cause_of(trainer))
@@ -284,8 +288,16 @@ class Supervisor:
         if self._departure.has_begun and not self._departure.is_flushing:
             self._tell_notice()  # a new supervisor of another rank made it forgotten, and this one is still to go
         self._wait(
-            lambda: trainer.returncode is not None or self._directive is not None or self._departure.must_cut_short
+            lambda: (
+                trainer.returncode is not None
+                or self._directive is not None
+                or self._departure.must_cut_short
+                or self._reentry.has_left(trainer)
+            )
         )
+        if self._directive is None and self._reentry.has_left(trainer):
+            self._report_death(trainer, self._reentry.cause())
+            return None
         if trainer.returncode is None and self._directive is None:
             self._cut_short(trainer)
         if trainer.returncode is None or trainer.killed_by_us:
@@ -311,7 +323,10 @@ class Supervisor:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": str(generation),
             }
-        trainer = self._trainers.fork(generation, plan, to_set)
+        trainer = self._reentry.enters(generation, plan, to_set)
+        if trainer is None:
+            self._await_room()
+            trainer = self._trainers.fork(generation, plan, to_set)
         self._wait(lambda: trainer.pid is not None or trainer.returncode is not None)
         return trainer
 
@@ -326,26 +341,44 @@ class Supervisor:
         if self._departure.has_begun and cause.kind != "finished" and self._directive is None:
             self._report_departed(trainer, cause)
             return None
-        if cause.is_echo and self._wait(lambda: self._directive is not None, timeout_s=_ECHO_WAIT_S):
-            return None  # the peer's own supervisor said what happened, and the generation is over
-        if self._directive is not None:
-            return None
-        step = self._trainers.last_step(trainer)
-        if cause.kind == "finished":
+        if cause.kind != "finished":
+            self._report_death(trainer, cause)
+        elif self._directive is None:
             self._insist(lambda: self._client.finished(rank=self._setup.rank, generation=trainer.generation))
-        else:
-            self._incident = Incident.seen(
-                rank=self._setup.rank,
-                generation=trainer.generation,
-                step=step,
-                cause=cause,
-                exited_at=trainer.exited_at,
-                last_progress_at=self._trainers.last_progress_at(trainer),
-            )
-            self._count_long_run(trainer, step)
-            self._insist(lambda: self._client.died(**self._death(trainer, cause, step)))
-            logger.warning("%s", self._incident.first_line(trainer.pid))
         return None
+
+    def _report_death(self, trainer: Trainer, cause: causes.Cause) -> None:
+        """Tells of a trainer that is gone, or that left its generation, unless the generation is over anyway."""
+        if cause.is_echo and self._wait(lambda: self._directive is not None, timeout_s=_ECHO_WAIT_S):
+            return  # the peer's own supervisor said what happened, and the generation is over
+        if self._directive is not None:
+            return
+        step = self._trainers.last_step(trainer)
+        self._incident = Incident.seen(
+            rank=self._setup.rank,
+            generation=trainer.generation,
+            step=step,
+            cause=cause,
+            exited_at=trainer.exited_at or time.monotonic(),
+            last_progress_at=self._trainers.last_progress_at(trainer),
+        )
+        report = self._long_runs.report(trainer, step)
+        if report is not None:
+            self._insist(lambda: self._client.progress(**report))
+        self._insist(lambda: self._client.died(**self._death(trainer, cause, step)))
+        logger.warning("%s", self._incident.first_line(trainer.pid))
+
+    def _stays(self, directive: dict[str, Any]) -> bool:
+        """Whether the trainer lives on through the end of its generation, having left it (supervisor/reentry.py)."""
+        is_leaving = directive.get("leaving") or self._leaving_by is not None or self._departure.has_begun
+        return not is_leaving and self._reentry.leaves()
+
+    def _await_room(self) -> None:
+        """Ends a trainer that stayed and cannot be used after all, with what it started."""
+        if not self._trainers.gone:
+            self._trainers.kill()
+        if self._trainers.current is not None:
+            self._await_clean(self._trainers.current)
 
     def _cut_short(self, trainer: Trainer) -> None:
         """Ends a trainer that did not leave in time, and with it the generation."""
@@ -363,21 +396,6 @@ class Supervisor:
         if cause.returncode != ExitCode.PREEMPTED:
             logger.warning("generation %d: the trainer ended without a last checkpoint: %s", trainer.generation, cause)
         self._insist(lambda: self._client.died(**self._death(trainer, cause, self._trainers.last_step(trainer))))
-
-    def _count_long_run(self, trainer: Trainer, step: int | None) -> None:
-        """Lets a long run of a script that keeps its own checkpoints count as progress.
-
-        Such a script's steps are counted from its start in every generation, so they say nothing about how far the
-        job is. A short run counts only when it got further than any before.
-        """
-        if step is None or trainer.forked_at is None or trainer.exited_at is None:
-            return
-        if self._trainers.phase() != layout.Phase.NONE:
-            return
-        long = trainer.exited_at - trainer.forked_at >= _LONG_RUN_S
-        self._furthest = self._furthest + step if long else max(self._furthest, step)
-        report = {"rank": self._setup.rank, "generation": trainer.generation, "step": self._furthest}
-        self._insist(lambda: self._client.progress(**report))
 
     def _death(self, trainer: Trainer, cause: causes.Cause, step: int | None) -> dict[str, Any]:
         generation = trainer.generation
@@ -579,6 +597,8 @@ class Supervisor:
                 self._trainers.hear(message, pid)
             case ZygoteLost(zygote_pid=pid):
                 self._trainers.lost(pid)
+            case TrainerSaid():
+                self._reentry.hear(event)
             case Directed(directive=directive):
                 self._coordinator_lost_at = None
                 self._poller.answered()

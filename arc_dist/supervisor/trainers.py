@@ -80,15 +80,28 @@ class Trainers:
 
     def fork(self, generation: int, plan: Mapping[str, Any], environ: Mapping[str, str]) -> Trainer:
         """Asks for the trainer of a generation; its pid comes with the zygote's answer."""
+        self._clear(generation)
+        self.current = Trainer(generation=generation, plan=plan, oom_before=process.oom_kills())
+        self._command({"command": "fork", "set": dict(environ), "unset": []})
+        return self.current
+
+    def keep(self, generation: int, plan: Mapping[str, Any]) -> Trainer:
+        """The present trainer, which has left its generation, as the one of the next."""
+        assert self.current is not None
+        self._clear(generation)
+        self.current = dataclasses.replace(
+            self.current, generation=generation, plan=plan, oom_before=process.oom_kills(), hang=""
+        )
+        return self.current
+
+    def _clear(self, generation: int) -> None:
+        """What an earlier generation left for its supervisor must not pass for a word of this one."""
         layout.clear_exception(self._shm_dir)
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             # What an earlier generation wrote there (@record) would be shown as the reason of a later, other end.
             Path(error_file).unlink(missing_ok=True)
         self._page.write(phase=layout.Phase.NONE, generation=generation, step=0)
         self._progress.clear()
-        self.current = Trainer(generation=generation, plan=plan, oom_before=process.oom_kills())
-        self._command({"command": "fork", "set": dict(environ), "unset": []})
-        return self.current
 
     def kill(self) -> None:
         """SIGKILLs the trainer."""

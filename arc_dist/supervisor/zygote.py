@@ -216,7 +216,7 @@ class _Zygote:
         for name in to_unset:
             os.environ.pop(name, None)
         os.environ.update(to_set)
-        _fresh_random_state()
+        fresh_random_state()
         stacks.install(Path(to_set["ARC_SHM_DIR"]))
         signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
         return Trainer(environ=to_set)
@@ -269,7 +269,7 @@ def kill_orphans() -> int:
     return len(killed)
 
 
-def _fresh_random_state() -> None:
+def fresh_random_state() -> None:
     """Gives the trainer the random state of a fresh interpreter, where torch and numpy seed themselves from entropy.
 
     Python's own `random` is seeded again by its fork handler. CUDA generators do not exist yet.
