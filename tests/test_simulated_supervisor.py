@@ -15,7 +15,8 @@ import pytest
 
 from arc_dist.errors import ArcError, CoordinatorUnavailable
 from arc_dist.supervisor import wire
-from arc_dist.supervisor.supervisor import Setup, Supervisor
+from arc_dist.supervisor.roles import Setup
+from arc_dist.supervisor.supervisor import Supervisor
 from arc_dist.supervisor.trainers import Trainers
 from arc_dist.supervisor.zygote import ZygoteProcess
 from arc_dist.testing import supervisors

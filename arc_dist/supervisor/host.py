@@ -37,8 +37,9 @@ from arc_dist.supervisor.rendezvous import (
     host_identity,
 )
 from arc_dist.supervisor.reporter import StepReporter
+from arc_dist.supervisor.roles import Client, Ending, Setup
 from arc_dist.supervisor.spare import stand_by
-from arc_dist.supervisor.supervisor import Client, Ending, Setup, Supervisor
+from arc_dist.supervisor.supervisor import Supervisor
 from arc_dist.supervisor.trainers import Trainers
 from arc_dist.telemetry.log import set_up_logging
 

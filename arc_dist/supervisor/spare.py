@@ -13,7 +13,7 @@ from arc_dist.errors import ConfigError, CoordinatorUnavailable
 from arc_dist.supervisor.events import LONG_POLL_S
 from arc_dist.supervisor.membership import Membership
 from arc_dist.supervisor.rendezvous import CoordinatorAddress, Meeting, host_identity
-from arc_dist.supervisor.supervisor import Ending
+from arc_dist.supervisor.roles import Ending
 from arc_dist.telemetry.log import logger
 
 _START_LIMIT_S = 600.0  # for rank 0 to come

@@ -16,16 +16,13 @@ The trainer of a generation is always gone before `ready` for the next is said: 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import signal
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from arc_dist.errors import ArcError, CoordinatorUnavailable, ExitCode, InfrastructureError
-from arc_dist.peers.service import Peers
 from arc_dist.snapshot import layout
 from arc_dist.supervisor import cause as causes
 from arc_dist.supervisor import process, wire, zygote
@@ -51,16 +48,13 @@ from arc_dist.supervisor.events import (
 )
 from arc_dist.supervisor.incidents import Incident
 from arc_dist.supervisor.long_run import LongRuns
+from arc_dist.supervisor.parting import Parting
 from arc_dist.supervisor.reentry import Reentry
+from arc_dist.supervisor.roles import Client, Ending, Setup
 from arc_dist.supervisor.trainers import Trainer, Trainers
 from arc_dist.supervisor.watcher import Watcher
 from arc_dist.telemetry.log import logger
 
-_PARTING_POLL_S = 0.002
-_STEPPING_LIMIT_S = 0.3
-_PARTING_LIMIT_S = 10.0
-_LAUNCHER_SIGNAL_S = 0.5
-_KILL_LIMIT_S = 30.0
 _ECHO_WAIT_S = 0.25
 _SIGNAL_RACE_S = 0.02
 _ZYGOTE_START_LIMIT_S = 300.0
@@ -69,85 +63,8 @@ _FAREWELL_LIMIT_S = 5.0
 _RETRY_S = 0.05
 _RETRY_MAX_S = 1.0
 
-# What a trainer that was told to go is in while it saves its state, or does something of its own, and ends.
-_ENDS_BY_ITSELF = (layout.Phase.NONE, layout.Phase.LEAVING, layout.Phase.DONE)
-
 # After these the trainer's end is the job's end, however it ended.
 _LEAVING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
-
-
-class Client(Protocol):
-    """What a supervisor asks of the coordinator; coordinator/service.py says what the answers mean."""
-
-    def ready(
-        self,
-        *,
-        rank: int,
-        generation: int,
-        store: dict[str, Any] | None,
-        inventory: list[dict[str, Any]],
-        shm_dir: str,
-        host: str,
-        peer: dict[str, Any] | None = None,
-    ) -> dict[str, Any]: ...
-    def died(self, *, rank: int, generation: int, cause: dict[str, Any], step: int | None) -> dict[str, Any]: ...
-    def finished(self, *, rank: int, generation: int) -> dict[str, Any]: ...
-    def directive(self, *, rank: int, generation: int, timeout_s: float, after: str) -> dict[str, Any]: ...
-    def incident(self, **line: Any) -> dict[str, Any]: ...
-    def progress(self, *, rank: int, generation: int, step: int) -> dict[str, Any]: ...
-    def preempt(self, *, rank: int) -> dict[str, Any]: ...
-    def watched(self, *, rank: int, generation: int, report: dict[str, Any]) -> dict[str, Any]: ...
-    def pulse(self, *, rank: int, node: int, leaving: bool = False) -> dict[str, Any]: ...
-    def report(
-        self, *, rank: int, generation: int, step: int, quiet_s: float | None, held: list[dict[str, Any]]
-    ) -> dict[str, Any]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Ending:
-    """How the supervisor itself is to end.
-
-    Attributes:
-        returncode: an exit code, or minus the signal that ended the trainer.
-        was_told: a signal told it to end, so that the code says nothing about the script: a launcher ends all ranks
-            when it lost one, and the others then fail as they may.
-        survivors: (rank, node) of those that go on as a smaller world; empty when the job is over for this supervisor.
-    """
-
-    returncode: int
-    was_told: bool = False
-    survivors: tuple[tuple[int, int], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a supervisor is given.
-
-    Attributes:
-        rank: this rank.
-        host: identity of this host, for plans that use a peer's memory.
-        shm_dir: this rank's directory in shared memory.
-        environ: variables that are the same in every generation.
-        store_for: generation -> ``{"host", "port"}`` of its store; on rank 0, where a launcher or a world needs one.
-        generation_began: told (on rank 0, to close old stores) when a generation runs.
-        uses_store: trainers meet in a store (false only for a world of one without a launcher).
-        grace_s: from a preemption notice to the end of all processes.
-        preempt_signals: which signals are notices.
-        is_guarded: the script's optimizer steps are counted, so that it is known whether there were any.
-        peers: sends, keeps and fetches copies of snapshots.
-    """
-
-    rank: int
-    host: str
-    shm_dir: Path
-    environ: Mapping[str, str]
-    store_for: Callable[[int], dict[str, Any]] | None
-    generation_began: Callable[[int], None]
-    uses_store: bool
-    grace_s: float
-    preempt_signals: tuple[int, ...]
-    is_guarded: bool
-    peers: Peers | None = None
 
 
 class Supervisor:
@@ -186,6 +103,13 @@ class Supervisor:
             events=events,
             tell=self._tell_notice,
         )
+        self._parting = Parting(
+            rank=setup.rank,
+            trainers=self._trainers,
+            departure=self._departure,
+            own_signal=lambda: self._leaving_by,
+            wait=self._wait,
+        )
 
     def run(self, generation: int) -> Ending:
         """Runs generations from `generation` on until the job is done, stopped or told to go.
@@ -210,7 +134,7 @@ class Supervisor:
                 directive = self._take_directive(generation)
             if directive["kind"] == "end":
                 if not self._stays(directive):
-                    self._part_and_kill(directive["reason"], leaving=int(directive.get("leaving", 0)))
+                    self._parting.end(directive["reason"], leaving=int(directive.get("leaving", 0)))
                 trainer = self._trainers.current
                 if trainer is not None and trainer.returncode is not None and self._ends_with(trainer):
                     return self._leave(trainer, self._trainers.cause_of(trainer))
@@ -378,7 +302,7 @@ class Supervisor:
         if not self._trainers.gone:
             self._trainers.kill()
         if self._trainers.current is not None:
-            self._await_clean(self._trainers.current)
+            self._parting.await_clean(self._trainers.current)
 
     def _cut_short(self, trainer: Trainer) -> None:
         """Ends a trainer that did not leave in time, and with it the generation."""
@@ -388,7 +312,7 @@ class Supervisor:
             self._trainers.last_step(trainer),
         )
         self._trainers.kill()
-        self._await_clean(trainer)
+        self._parting.await_clean(trainer)
         self._report_departed(trainer, causes.Cause(kind="overdue", returncode=-int(signal.SIGKILL)))
 
     def _report_departed(self, trainer: Trainer, cause: causes.Cause) -> None:
@@ -400,51 +324,6 @@ class Supervisor:
     def _death(self, trainer: Trainer, cause: causes.Cause, step: int | None) -> dict[str, Any]:
         generation = trainer.generation
         return {"rank": self._setup.rank, "generation": generation, "cause": cause.to_wire(), "step": step}
-
-    def _part_and_kill(self, reason: str, *, leaving: int = 0) -> None:
-        """Ends what is left of a generation, giving a trainer that is saving its last step the time to do so.
-
-        Args:
-            reason: for the log.
-            leaving: number of the signal by which the job was told to go, 0 if it was not. A script that does something
-                of its own then gets it too, as it would under torchrun: from the launcher, which may be slower than the
-                other ranks are, else from here.
-        """
-        trainer = self._trainers.current
-        if trainer is None:
-            return
-        asked_at = time.monotonic()
-        told = False
-        while trainer.returncode is None:
-            phase = self._trainers.phase()
-            waited_s = time.monotonic() - asked_at
-            limit_s = {layout.Phase.STEPPING: _STEPPING_LIMIT_S, layout.Phase.PARTING: _PARTING_LIMIT_S}.get(phase, 0.0)
-            if leaving and phase is layout.Phase.NONE:
-                limit_s = _PARTING_LIMIT_S
-                if waited_s >= _LAUNCHER_SIGNAL_S and self._leaving_by is None and not told:
-                    self._trainers.forward(leaving)
-                    told = True
-            if phase in _ENDS_BY_ITSELF and (leaving or self._leaving_by is not None):
-                limit_s = _PARTING_LIMIT_S
-            if self._departure.is_flushing:
-                limit_s = 0.0
-            if waited_s >= limit_s:
-                self._trainers.kill()
-                break
-            self._wait(lambda: trainer.returncode is not None, timeout_s=_PARTING_POLL_S)
-        self._await_clean(trainer)
-        logger.debug("generation %d ended here: %s", trainer.generation, reason)
-
-    def _await_clean(self, trainer: Trainer) -> None:
-        """Waits until a trainer that was killed, and all that it had started, is gone."""
-        if not self._wait(lambda: trainer.clean, timeout_s=_KILL_LIMIT_S):
-            raise InfrastructureError(
-                f"rank {self._setup.rank}: trainer {trainer.pid} of generation {trainer.generation} does not die, "
-                f"{_KILL_LIMIT_S:.0f} s after SIGKILL: it hangs in the kernel (GPU driver, network file system). "
-                f"Take this node out of the job.",
-                rank=self._setup.rank,
-                pid=trainer.pid,
-            )
 
     def _finish_incident(self, trainer: Trainer) -> None:
         incident = self._incident
@@ -495,7 +374,7 @@ class Supervisor:
             self._say_ready(generation + 1)
 
     def _stop(self, directive: dict[str, Any]) -> Ending:
-        self._part_and_kill("the job stops")
+        self._parting.end("the job stops")
         code = int(directive["exit_code"])
         survivors = tuple((int(rank), int(node)) for rank, node in directive.get("survivors", ()))
         is_one = any(rank == self._setup.rank for rank, _ in survivors)

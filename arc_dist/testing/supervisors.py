@@ -1,7 +1,7 @@
 """A model of a rank's supervisor, its directive poller and its launcher.
 
-It mirrors `supervisor.supervisor.Supervisor` (`run`, `_run_generation`, `_after_exit`, `_cut_short`, `_part_and_kill`,
-`_insist`, `_await_directive`, `_take_order`), `supervisor.departure.Departure` and
+It mirrors `supervisor.supervisor.Supervisor` (`run`, `_run_generation`, `_after_exit`, `_cut_short`, `_insist`,
+`_await_directive`, `_take_order`), `supervisor.parting.Parting`, `supervisor.departure.Departure` and
 `supervisor.events.DirectivePoller`, method by method, without threads, sockets and processes:
 the same calls to the coordinator, in the same order, with the same retries and limits.
 tests/test_simulated_supervisor.py gives both the same events and compares what they say. Not mirrored: signals (a
@@ -252,10 +252,10 @@ class Supervisor:
                 yield from self._run_generation(generation, directive)
                 directive = yield from self._take_directive(generation)
             if directive["kind"] == "end":
-                yield from self._part_and_kill(int(directive.get("leaving", 0)))
+                yield from self._part(int(directive.get("leaving", 0)))
                 generation = int(directive["generation"]) + 1
             elif directive["kind"] == "stop":
-                yield from self._part_and_kill()
+                yield from self._part()
                 return int(directive["exit_code"])
             elif directive["kind"] == "done":
                 return 0
@@ -320,7 +320,7 @@ class Supervisor:
         else:
             yield from self._insist("died", {**body, "cause": cause, "step": trainer.last_step})
 
-    def _part_and_kill(self, leaving: int = 0) -> Script:
+    def _part(self, leaving: int = 0) -> Script:
         trainer = self.trainer
         if trainer is None or trainer.cause is not None:
             return
