@@ -18,13 +18,13 @@ from typing import Any
 
 from arc_dist.coordinator import view
 from arc_dist.coordinator.board import Board, Reading
+from arc_dist.coordinator.chronicle import Chronicle
 from arc_dist.coordinator.hangs import HangDesk
 from arc_dist.coordinator.hosts import HostDesk
 from arc_dist.coordinator.journal import Journal
 from arc_dist.coordinator.peers import PeerDesk
 from arc_dist.coordinator.records import (
     INCIDENTS_NAME,
-    append_incident,
     describe,
     identity_of,
     member_of,
@@ -133,6 +133,7 @@ class Coordinator:
         self._append_again_s = 0.0
         self._store: dict[str, Any] | None = None  # rank 0's rendezvous store for the generation that starts or runs
         self._board = Board()
+        self._chronicle = Chronicle(job_id, run_dir, self._board)
         # Names the job through all its restarts, as long as its journal is kept: what memory holds is known by it.
         last = journal.last if journal is not None else None
         self._lineage = str((last or {}).get("lineage") or secrets.token_hex(16))
@@ -147,9 +148,9 @@ class Coordinator:
         )
         self._hosts = hosts or HostDesk(world_size, PulseRules(), clock)
         self._peers = PeerDesk(world_size)
-        self._hangs = HangDesk(world_size, run_dir, clock, self._note)
+        self._hangs = HangDesk(world_size, run_dir, clock, self._chronicle.note)
         self._spares = SpareDesk(
-            spare_after_s, evicts, clock, changed=self._changed, note=self._note, seated=self._hosts.expect
+            spare_after_s, evicts, clock, changed=self._changed, note=self._chronicle.note, seated=self._hosts.expect
         )
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
@@ -418,15 +419,7 @@ class Coordinator:
         return {"incidents": incidents, "next": newest, "count": count, "epoch": self.epoch}
 
     def _incident(self, fields: Fields) -> dict[str, Any]:
-        return {"recorded": self._record(fields.others())}
-
-    def _record(self, line: Mapping[str, Any]) -> bool:
-        # Hosts' clocks differ: what the lines of several hosts are put in order by is read from one of them.
-        line = {**line, "heard_at": time.time()}
-        if self._run_dir is not None:
-            append_incident(self._run_dir, line)
-        self._board.note(line)
-        return self._run_dir is not None
+        return {"recorded": self._chronicle.record(fields.others())}
 
     def _report(self, fields: Fields) -> dict[str, Any]:
         rank, generation, step = self._rank(fields), fields.integer("generation"), fields.integer("step")
@@ -466,50 +459,15 @@ class Coordinator:
             elif isinstance(action, GenerationOver):
                 self._saves.open_for(outcome.job.generation)
                 logger.info("generation %d is over: %s", action.generation, action.judgement.reason)
-                self._report_over(action)
+                self._chronicle.generation_over(action)
             elif isinstance(action, GenerationRuns):
                 plan = action.plan
                 logger.info("generation %d runs: %s", plan.generation, plan.reason)
                 self._board.note_generation(plan.generation, plan.step, plan.tier.value, plan.reason)
             elif isinstance(action, JobOver):
                 self._saves.open_for(None)
-                self._report_end(action)
+                self._chronicle.job_over(action)
         self._changed.notify_all()
-
-    def _report_over(self, action: GenerationOver) -> None:
-        """Says what no supervisor knows alone: which of several deaths came first, and the host to take out."""
-        root = action.judgement.root
-        common = {"generation": action.generation, "seen_by": "coordinator"}
-        if len(action.deaths) > 1:
-            others = [str(death) for death in action.deaths if death != root]
-            line = {"kind": "root_cause", "ranks": [root.rank], "cause": action.judgement.reason, "others": others}
-            self._note(line | common | ({} if root.step is None else {"step": root.step}))
-        if action.advice:
-            logger.warning("%s", action.advice)
-            self._note({"kind": "host_suspected", "ranks": [root.rank], "cause": action.advice} | common)
-
-    def _note(self, line: Mapping[str, Any]) -> None:
-        """Records what this coordinator found itself; a file that cannot be written stops nothing."""
-        try:
-            self._record({"time": time.time(), **line})
-        except (OSError, ConfigError) as error:
-            logger.warning("%s is not in the incident file: %s", line["kind"], error)
-
-    def _report_end(self, action: JobOver) -> None:
-        if action.stop is None:
-            logger.info("job %s is done", self.job_id)
-            return
-        stop = action.stop
-        logger.info("job %s stops with exit code %d: %s", self.job_id, stop.exit_code, stop.reason)
-        line = {
-            "kind": "world_shrinks" if stop.survivors else "job_stopped",
-            "generation": action.generation,
-            "ranks": [] if stop.blame_rank is None else [stop.blame_rank],
-            "cause": stop.reason,
-            "exit_code": stop.exit_code,
-            "action": "shrink" if stop.survivors else "stop",
-        }
-        self._note(line)
 
     def _append(self, job: Job) -> None:
         """A journal that cannot be written is lost protection, not a reason to stop a job: said once, and shown."""
