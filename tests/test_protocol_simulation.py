@@ -127,7 +127,7 @@ def _poison_does_not_reach_saves(patch: pytest.MonkeyPatch) -> None:
 
 def _oldest_first(patch: pytest.MonkeyPatch) -> None:
     honest = pick._trusted_in_memory
-    patch.setattr(pick, "_trusted_in_memory", lambda *args: reversed(list(honest(*args))))
+    patch.setattr(pick, "_trusted_in_memory", lambda *args, **named: reversed(list(honest(*args, **named))))
 
 
 def _shards_are_mixed(patch: pytest.MonkeyPatch) -> None:

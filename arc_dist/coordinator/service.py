@@ -121,7 +121,6 @@ class Coordinator:
             ending_timeout_s=ending_timeout_s,
         )
         self.job_id = job_id
-        self._run_dir = run_dir
         self._journal = journal
         self.epoch = journal.epoch if journal is not None else 1  # tells this coordinator from an earlier one
         self._clock = clock
