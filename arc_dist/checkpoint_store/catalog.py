@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -20,6 +19,7 @@ from arc_dist.checkpoint_store.format import (
 from arc_dist.checkpoint_store.manifest import Manifest, parse_manifest
 from arc_dist.checkpoint_store.pins import Marks, read_marks
 from arc_dist.checkpoint_store.reader import Checkpoint
+from arc_dist.checkpoint_store.threads import DaemonExecutor
 from arc_dist.errors import CheckpointMismatch, StoreCorrupt, StoreError, StoreGone
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Catalog:
         if len(paths) < 2:
             there = [self._backend.exists(path) for path in paths]
         else:
-            with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+            with DaemonExecutor(_NUM_READERS) as pool:
                 there = list(pool.map(self._backend.exists, paths))
         return [name for name, is_there in zip(directories, there) if is_there]
 
@@ -159,7 +159,7 @@ class Catalog:
     def infos(self, marks: Marks) -> list[StepInfo]:
         """What every manifest says, damaged ones and older commits of a step included."""
         directories = self.directories()
-        with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+        with DaemonExecutor(_NUM_READERS) as pool:
             return [with_marks(info, marks) for info in pool.map(self.info, directories)]
 
     def steps(self, *, include_damaged: bool) -> list[StepInfo]:

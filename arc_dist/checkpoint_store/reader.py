@@ -25,6 +25,7 @@ from arc_dist.checkpoint_store.format import (
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest, TensorEntry
 from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range
 from arc_dist.checkpoint_store.retry import Retries, retrying
+from arc_dist.checkpoint_store.threads import DaemonExecutor
 from arc_dist.checkpoint_store.verification import Problem
 from arc_dist.errors import CheckpointMismatch, ConfigError, StoreCorrupt, StoreError, StoreGone
 
@@ -121,7 +122,7 @@ class Checkpoint:
             for spec in specs:
                 self._require_files(files, spec)
             num_threads = max(opened.num_streams() for opened in files.values())
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(num_threads))
+            pool = stack.enter_context(DaemonExecutor(num_threads))
             results = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs]
             jobs = [
                 pool.submit(self._read_box, files, spec, box, result, progress)

@@ -13,7 +13,6 @@ chains to follow.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -38,6 +37,7 @@ from arc_dist.checkpoint_store.format import (
 )
 from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, Manifest
 from arc_dist.checkpoint_store.opened import digest_range
+from arc_dist.checkpoint_store.threads import DaemonExecutor
 from arc_dist.errors import CheckpointMismatch, StoreCorrupt, StoreError, StoreGone
 
 _log = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ def protectors(backend: Backend, run: str, directories: Iterable[str] | None = N
     def refers_of(name: str) -> frozenset[str]:
         return _refers_to(backend, run, catalog, name)
 
-    with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+    with DaemonExecutor(_NUM_READERS) as pool:
         for name, refers in zip(names, pool.map(refers_of, names)):
             for directory in sorted(refers):
                 found.setdefault(directory, []).append(name)

@@ -30,6 +30,7 @@ from arc_dist.checkpoint_store.manifest import FileEntry, Manifest, parse_manife
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.pins import change_marks, read_marks
 from arc_dist.checkpoint_store.resolve import Resolved, resolve
+from arc_dist.checkpoint_store.threads import DaemonExecutor
 from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError, StoreGone
 
 _BLOCK_BYTES = 4 << 20  # as the writer's: small enough to stay in the cache for the hash
@@ -249,7 +250,7 @@ class _Job:
     def send_all(self) -> list[FileEntry]:
         """Sends what is not there; returns it. On an error nothing runs any more."""
         entries = self.entries()
-        with concurrent.futures.ThreadPoolExecutor(_NUM_STREAMS, thread_name_prefix="arc-copy") as pool:
+        with DaemonExecutor(_NUM_STREAMS, name="arc-copy") as pool:
             jobs = [pool.submit(self._send_if_missing, entry) for entry in entries]
             try:
                 for job in concurrent.futures.as_completed(jobs):
@@ -316,7 +317,7 @@ class _Job:
             sink = self.target.create(f"{self.target_path}/{entry.name}", entry.nbytes, exclusive=False)
             try:
                 block = memoryview(bytearray(min(_BLOCK_BYTES, entry.nbytes)))
-                with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
+                with DaemonExecutor(1, name="arc-hash") as pool:
                     for segment in segments:
                         self._send_segment(sources, sink, pool, entry, segment, block)
                 sink.publish()

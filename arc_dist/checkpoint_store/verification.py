@@ -5,7 +5,6 @@ Damage is told from storage that does not answer: a refused, lost or unreachable
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from arc_dist.checkpoint_store.manifest import Chunk, FileEntry, TensorEntry
 from arc_dist.checkpoint_store.opened import REMEDY, Directory, OpenFiles, digest_range, is_in
 from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.shard import parse_header
+from arc_dist.checkpoint_store.threads import DaemonExecutor
 from arc_dist.errors import StoreCorrupt, StoreDenied, StoreError, StoreGone
 
 _NUM_FILES = 8  # that are read at once
@@ -40,7 +40,7 @@ class Problem:
 def verify(directory: Directory, progress: _Progress | None = None) -> list[Problem]:
     """See `Checkpoint.verify`."""
     manifest, report = directory.manifest, progress or _silent
-    with concurrent.futures.ThreadPoolExecutor(_NUM_FILES) as pool:
+    with DaemonExecutor(_NUM_FILES) as pool:
         jobs = [pool.submit(_verify_file, directory, entry, report) for entry in manifest.files]
         jobs += [pool.submit(_verify_referred, directory, other, report) for other in manifest.refers_to]
         problems = [problem for job in jobs for problem in job.result()]

@@ -39,6 +39,7 @@ from arc_dist.checkpoint_store.format import (
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.references import Place, Unchanged
 from arc_dist.checkpoint_store.shard import build_header, file_order_key
+from arc_dist.checkpoint_store.threads import DaemonExecutor
 from arc_dist.errors import ConfigError, StoreError
 
 _BLOCK_BYTES = 4 << 20  # between two looks at should_abort; small enough to stay in the cache for the hash
@@ -216,7 +217,7 @@ def _write_shard(
     digests: list[str] = []
     try:
         sink.write(memoryview(header))
-        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="arc-hash") as pool:
+        with DaemonExecutor(1, name="arc-hash") as pool:
             for tensor in tensors:
                 digests.append(_stream(sink, pool, tensor, algorithm, before_block))
         sink.publish()
