@@ -11,7 +11,8 @@ from arc_dist.launch import nodes
 
 
 def arguments(nnodes: str = "1:3", conf: str = "", endpoint: str = "head:29500", backend: str = "c10d"):
-    return argparse.Namespace(nnodes=nnodes, rdzv_conf=conf, rdzv_endpoint=endpoint, rdzv_backend=backend)
+    known = {"nnodes": nnodes, "rdzv_conf": conf, "rdzv_endpoint": endpoint, "rdzv_backend": backend}
+    return argparse.Namespace(**known, standalone=False, arc_spares=None)
 
 
 @pytest.fixture(autouse=True)
