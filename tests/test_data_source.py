@@ -407,7 +407,7 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start_method", ["", "fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["", pytest.param("fork", marks=pytest.mark.soak), "spawn"])
 def test_processes_that_follow_each_other_are_one_run(tmp_path: Path, start_method: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))

@@ -59,8 +59,9 @@ class Nodes:
         watched.wait_for(arrived, WAIT_S, f"steps in a world of {ranks}")
 
 
+@pytest.mark.soak  # test_hosts.py does the like in network namespaces
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_nodes_join_are_lost_and_join_again(tmp_path, kind):
     plan = Plan(kind=kind, ranks=1, accumulate=2)
     nodes = Nodes(tmp_path, plan)

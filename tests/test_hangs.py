@@ -52,10 +52,10 @@ class Case:
 
 CASES = [
     Case("stop", "ddp", 3, 1, "forward", "State: T"),
-    Case("spin", "fsdp", 2, 1, "forward", "in in_loss"),
     Case("data", "ddp", 2, 0, "data wait", "in slow_fetch"),
     Case("gil", "fsdp", 3, 2, "forward", "in in_loss"),
-    Case("storage", "fsdp", 2, 0, "write checkpoint", "in in_body"),
+    pytest.param(Case("spin", "fsdp", 2, 1, "forward", "in in_loss"), marks=pytest.mark.soak),
+    pytest.param(Case("storage", "fsdp", 2, 0, "write checkpoint", "in in_body"), marks=pytest.mark.soak),
 ]
 
 
@@ -112,6 +112,7 @@ def test_a_long_evaluation_is_no_hang(tmp_path, model):
     assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), output
 
 
+@pytest.mark.soak
 def test_a_rank_that_was_suspended_with_its_supervisor_is_no_hang(tmp_path):
     toy = Toy(kind="ddp", steps=24)
     settings = {"hang_min_s": 15.0}
@@ -153,7 +154,7 @@ def test_a_hang_that_always_comes_back_ends_the_job(tmp_path):
 @pytest.mark.parametrize(
     ("model", "world_size", "slow", "part"),
     [
-        ("ddp", 3, "loss", "forward"),
+        pytest.param("ddp", 3, "loss", "forward", marks=pytest.mark.soak),
         ("fsdp", 2, "data", "data wait"),
         pytest.param("fsdp", 2, "loss", "forward", marks=pytest.mark.soak),
     ],

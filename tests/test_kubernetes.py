@@ -151,7 +151,7 @@ def test_the_scripts_named_exist(pod: dict[str, Any]):
         assert (root / script).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # test_preempt.py does the like without a pod
 def test_sigterm_to_the_command_commits_a_checkpoint_and_the_next_pod_goes_on_from_it(
     pod: dict[str, Any], tmp_path: Path
 ):

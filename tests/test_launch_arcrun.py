@@ -152,7 +152,7 @@ def test_how_scripts_end_when_a_lost_peer_ends_them_is_no_reason_not_to_try_agai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["arcrun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["arcrun", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_killed_agent_takes_its_job_along(tmp_path: Path, launcher: str, shm_root: Path) -> None:
     """Else the job would train on, beside the one that is started in its place."""
     path = script(tmp_path, f"open(os.path.join({str(tmp_path)!r}, f'up-{{rank}}'), 'w')", "time.sleep(60)")

@@ -30,7 +30,7 @@ def progress(tmp_path, rank):
 @pytest.mark.parametrize(
     ("kind", "ranks", "target"),
     [
-        ("ddp", 2, "one trainer"),
+        pytest.param("ddp", 2, "one trainer", marks=pytest.mark.soak),
         ("fsdp", 2, "launcher"),
         ("single", 1, "launcher"),
         pytest.param("ddp", 2, "launcher", marks=pytest.mark.soak),

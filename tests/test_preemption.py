@@ -48,11 +48,11 @@ class Case:
 CASES = [
     Case(kind="fsdp", rank=0, step=5, place="body", target="supervisor"),
     Case(kind="ddp", rank=0, step=None, place="save", target="launcher", times=2),
-    Case(kind="fsdp", rank=1, step=9, place="loss", how="file"),
     Case(kind="fsdp", rank=0, step=9, place="loss", then="hang"),
     Case(kind="ddp", rank=1, step=8, place="loss", target="supervisor", then="die"),
 ]
 MORE = [
+    Case(kind="fsdp", rank=1, step=9, place="loss", how="file"),
     Case(kind="ddp", rank=1, step=7, place="loss"),
     Case(kind="fsdp", rank=1, step=None, place="restore", how="SIGUSR1"),
     Case(kind="ddp", rank=1, step=None, place="import", target="launcher"),
@@ -151,7 +151,7 @@ def test_a_notice_is_heard_wherever_it_comes_and_the_next_start_goes_on_bitwise(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("then", ["go on", "hang"])
+@pytest.mark.parametrize("then", [pytest.param("go on", marks=pytest.mark.soak), "hang"])
 def test_without_a_store_the_job_says_that_nothing_outlives_it(tmp_path: Path, then: str) -> None:
     case = Case(kind="fsdp", rank=1, step=6, place="loss", then=then)
     ended = launch(tmp_path, Toy(kind="fsdp", steps=STEPS), case, has_store=False)

@@ -111,6 +111,7 @@ def test_a_rank_that_breaks_its_connections_stays_too(tmp_path):
     assert lost_steps(tmp_path, 2) == [0, 0], ended.output
 
 
+@pytest.mark.soak
 def test_two_deaths_in_a_row(tmp_path):
     toy = Toy(kind="ddp", steps=20)
     kills = {"1": [8], "0": [14]}
@@ -140,6 +141,7 @@ def test_a_death_while_the_others_evaluate(tmp_path, kind):
         assert lost_steps(tmp_path, 2) == [0, 0], ended.output
 
 
+@pytest.mark.soak
 def test_a_death_in_the_middle_of_saves(tmp_path):
     toy = Toy(kind="ddp", steps=16)
     kills = {"1": [6, 11]}

@@ -83,7 +83,7 @@ def test_a_spare_takes_the_rank_of_a_node_that_is_lost(tmp_path, kind):
     assert not list(tmp_path.glob("result-2.json")), "the spare trained as a rank of its own"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_spare_that_is_not_needed_ends_with_the_job(tmp_path):
     """On one node, where it replaces nobody, and that is said."""
     toy = Toy(kind="ddp", steps=4)
