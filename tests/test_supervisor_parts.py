@@ -34,6 +34,9 @@ def test_a_sigkill_is_the_oom_killers_only_when_a_counter_rose() -> None:
         cause = classify(kill, exception=None, oom_before=before, oom_after=after)
         assert cause.kind == kind
         assert (cause.evidence != "") == (kind == "oom")
+    for named, kind in ((True, "oom"), (False, "signal")):
+        cause = classify(kill, exception=None, oom_before={"host": 1}, oom_after={"host": 2}, named_by_oom_killer=named)
+        assert cause.kind == kind
     other = classify(-int(signal.SIGSEGV), exception=None, oom_before={"host": 1}, oom_after={"host": 2})
     assert other.kind == "signal"
     assert str(other) == "killed by SIGSEGV"

@@ -86,25 +86,27 @@ def classify(
     exception: Mapping[str, Any] | None,
     oom_before: Mapping[str, int],
     oom_after: Mapping[str, int],
+    named_by_oom_killer: bool | None = None,
 ) -> Cause:
     """Tells why a trainer ended.
 
     The OOM killer leaves no mark on its victim. A SIGKILL counts as its work when the kernel's counter of OOM kills
-    rose while the trainer ran; the evidence says which counter, because on a shared host another process may have
-    been the victim.
+    rose while the trainer ran. On a shared host another process may have been the victim: the kernel's log tells, where
+    it can be read, and else the evidence says which counter it was.
 
     Args:
         returncode: as from `os.waitstatus_to_exitcode`.
         exception: `exception.json` of this generation, if it was written.
         oom_before: `process.oom_kills()` when the trainer was forked.
         oom_after: the same after its death.
+        named_by_oom_killer: see `process.named_by_oom_killer`.
     """
     if returncode == 0:
         return Cause(kind="finished", returncode=0)
     if returncode == -signal.SIGKILL:
         for scope, words in (("cgroup", "this cgroup's"), ("host", "the host's")):
             rise = oom_after.get(scope, 0) - oom_before.get(scope, 0)
-            if scope in oom_before and rise > 0:
+            if scope in oom_before and rise > 0 and (scope == "cgroup" or named_by_oom_killer is not False):
                 return Cause(kind="oom", returncode=returncode, evidence=f"{words} oom_kill counter rose by {rise}")
     if returncode < 0:
         return Cause(kind="signal", returncode=returncode)

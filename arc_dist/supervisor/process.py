@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_MAX_LOG_RECORD = 8192  # bytes; the kernel cuts longer ones
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -124,6 +125,37 @@ def oom_kills() -> dict[str, int]:
             if line.startswith("oom_kill "):
                 counts["host"] = int(line.split()[1])
     return counts
+
+
+def named_by_oom_killer(pid: int, since_s: float) -> bool | None:
+    """Whether the kernel's log says that the OOM killer ended this process; None when the log cannot be read.
+
+    The log numbers processes as the host does, so in a container with process numbers of its own nothing is found.
+
+    Args:
+        pid: of the process.
+        since_s: monotonic; what is older is about another process with that number.
+    """
+    try:
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        while True:
+            try:
+                record = os.read(log, _MAX_LOG_RECORD)
+            except BrokenPipeError:
+                continue  # this record was overwritten before it was read
+            head, _, text = record.decode(errors="replace").partition(";")
+            at_s = int(head.split(",")[2]) / 1e6
+            if at_s >= since_s - 1 and f"Killed process {pid} (" in text:
+                return True
+    except BlockingIOError:
+        return False  # all of it was read
+    except (OSError, ValueError, IndexError):
+        return None
+    finally:
+        os.close(log)
 
 
 def _memory_event_files() -> list[Path]:

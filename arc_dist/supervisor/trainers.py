@@ -139,11 +139,13 @@ class Trainers:
         assert trainer.returncode is not None
         if trainer.hang and trainer.returncode == -signal.SIGKILL:
             return causes.Cause(kind="hang", returncode=trainer.returncode, evidence=trainer.hang)
+        was_killed = trainer.returncode == -signal.SIGKILL
         return causes.classify(
             trainer.returncode,
             exception=layout.read_exception(self._shm_dir),
             oom_before=trainer.oom_before,
-            oom_after=process.oom_kills() if trainer.returncode == -signal.SIGKILL else {},
+            oom_after=process.oom_kills() if was_killed else {},
+            named_by_oom_killer=was_killed and process.named_by_oom_killer(trainer.pid or 0, trainer.forked_at or 0.0),
         )
 
     def inventory(self) -> list[dict[str, Any]]:
