@@ -30,6 +30,16 @@ def test_who_is_not_heard_for_longer_than_the_timeout_is_lost():
     assert lost[2] == 24.0
 
 
+@pytest.mark.parametrize(("is_replaceable", "lost"), [(False, [2]), (True, [1, 2])])
+def test_a_silent_rank_on_the_node_of_rank_0_is_its_agents_affair(is_replaceable, lost):
+    pulses = Pulses(PulseRules(timeout_s=10.0, is_replaceable=is_replaceable), 3)
+    for rank, node in enumerate((0, 0, 1)):
+        pulses.hear(rank, node, 0.0)
+    for second in range(1, 30):
+        pulses.hear(0, 0, float(second))
+    assert list(pulses.silent(30.0)) == lost
+
+
 def test_sleep_of_the_listener_is_no_silence():
     pulses = Pulses(RULES, 2)
     pulses.hear(0, 0, 0.0)

@@ -8,6 +8,9 @@ the others may go on as a smaller world at once, if that is safe:
   as long as `timeout_s`. The rendezvous lets nobody begin a round without a node that it hears; it leaves a node out
   only when it was silent for longer than that. So as long as the lease holds, the lost ones cannot have begun anew.
 
+Ranks on the node of rank 0 are there as long as it is: one of them that is silent was stopped, or waits for its turn on
+a busy machine, and its agent hears of its death by itself.
+
 Time in which this side itself was asleep (stopped, suspended with its machine) is not the others' silence.
 """
 
@@ -95,8 +98,13 @@ class Pulses:
         awake_s = self._clock.look(now_s)
         if not self._rules.timeout_s:
             return {}
-        silence = {rank: awake_s - heard_s for rank, heard_s in self._heard_s.items() if rank not in self._left}
+        excused = self._left if self._rules.is_replaceable else self._left | self._near()
+        silence = {rank: awake_s - heard_s for rank, heard_s in self._heard_s.items() if rank not in excused}
         return {rank: silent_s for rank, silent_s in sorted(silence.items()) if silent_s > self._rules.timeout_s}
+
+    def _near(self) -> set[int]:
+        """Ranks on the node of rank 0, which cannot be lost without it; their agent sees it when their processes die."""
+        return {rank for rank, node in self._nodes.items() if node == self._nodes.get(0)}
 
     def survivors(self, lost: set[int]) -> Survivors:
         """Who can go on without the nodes of the ranks in `lost`: empty when nobody may."""
