@@ -103,7 +103,7 @@ class Pulses:
         return {rank: silent_s for rank, silent_s in sorted(silence.items()) if silent_s > self._rules.timeout_s}
 
     def _near(self) -> set[int]:
-        """Ranks on the node of rank 0, which cannot be lost without it; their agent sees it when their processes die."""
+        """Ranks on the node of rank 0, which are not lost without it; their agent sees it when a process dies."""
         return {rank for rank, node in self._nodes.items() if node == self._nodes.get(0)}
 
     def survivors(self, lost: set[int]) -> Survivors:
