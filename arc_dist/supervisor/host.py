@@ -110,9 +110,8 @@ class _World:
         self._lease: RendezvousLease | None = None
 
     def __enter__(self) -> _World:
-        env = self._env
         with contextlib.ExitStack() as stack:
-            self._estate = stack.enter_context(Estate(env, self.membership))
+            self._estate = stack.enter_context(Estate(self._env, self.membership))
             self.shm_dir = self._estate.path
             if not self.membership.is_spare or self._takes_a_rank():
                 self._enter_with_rank(stack)
