@@ -56,9 +56,6 @@ class Proxy:
         self.url = ""
         self._parts = 0
         self._changed = threading.Condition()
-        # moto looks whether a name is free and takes it in two steps; a service does it in one.
-        self.conditional = threading.Lock()
-
         self.reset()
 
     def reset(self) -> None:
@@ -143,8 +140,7 @@ def s3_proxy(server: str) -> Iterator[Proxy]:
             headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
             if proxy.strips_condition_of_completion and request.operation == "complete":
                 headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
-            guard = proxy.conditional if "If-None-Match" in headers else contextlib.nullcontext()
-            with guard, contextlib.closing(http.client.HTTPConnection(str(target.hostname), target.port)) as upstream:
+            with contextlib.closing(http.client.HTTPConnection(str(target.hostname), target.port)) as upstream:
                 upstream.request(self.command, self.path, body, headers)
                 answer = upstream.getresponse()
                 return answer.status, dict(answer.getheaders()), answer.read()

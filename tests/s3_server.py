@@ -23,7 +23,7 @@ def moto_server(log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, str(Path(__file__).with_name("moto_main.py")), str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
