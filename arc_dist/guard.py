@@ -373,7 +373,7 @@ class Guard:
 
         Every rank must call this; it blocks. Returns None when the state is sound on every rank, else the decision.
         """
-        flags = (self.watch.scan().value | self._carried) & self._heeded & _FAULTS
+        flags = (self.watch.scan().value | self._carried | self.monitoring.look_at_rest()) & self._heeded & _FAULTS
         self._carried = 0
         self.attempt = Attempt(flags=flags)
         self.voter.begin(flags | (_ALERT if self.monitoring.alerts else 0))

@@ -10,6 +10,7 @@ A monitor that raises or is slow several times is switched off, and that is said
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ _MAX_FAULTS = 3
 _SLOW_S = 1.0
 _MAX_LOOKS = 64  # in one step
 _MAX_POINTS = 4096
+_GATHERED = 16  # points that are worth a look at series; what costs little each time costs much at every short step
+_AGAIN_S = 1.0  # after so long, monitors of constant cost look again whatever has gathered
 _MAX_ALERTS = 32  # that wait to be told
 _QUIET_STEPS = 1000  # after an alert, before the same is told again
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
@@ -76,6 +79,8 @@ class Monitoring:
         self._parts: dict[Sees, list[Get]] = {}
         self._known: object = None
         self._points: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=_MAX_POINTS)
+        self._looked_at = dict.fromkeys((Sees.SERIES, Sees.GROUPS), -math.inf)  # when
+        self._rests_until = -math.inf  # no monitor has anything new to see before
         self._again: tuple[int, Monitor, int] | None = None  # (step, monitor, part) of a look that was promised
         self._faults: dict[str, int] = collections.defaultdict(int)
         self._told: dict[str, int] = {}
@@ -104,7 +109,8 @@ class Monitoring:
 
     def is_due(self) -> bool:
         """Whether `look` has something to do now: a reading of the clock."""
-        return self._clock() >= self.budget.next_at or self._holds or self._again is not None
+        now = self._clock()
+        return (now >= self.budget.next_at and now >= self._rests_until) or self._holds or self._again is not None
 
     def look(self, step: int) -> int:
         """Between the backward and the update: takes the looks that are due.
@@ -122,17 +128,35 @@ class Monitoring:
             self._follow()
             found += self._look_at(promised[1], promised[2])
         for _ in range(_MAX_LOOKS):
-            if not self.budget.is_due() or not self._monitors:
+            monitor = self._next() if self.budget.is_due() else None
+            if monitor is None:
                 break
-            found += self._take_turn()
+            found += self._take_turn(monitor)
         return self._sort_out(found)
 
-    def _take_turn(self) -> list[Finding]:
-        """One look of the monitor whose turn it is."""
-        self._turn %= len(self._monitors)
-        monitor = self._monitors[self._turn]
-        self._turn += 1
+    def look_at_rest(self) -> int:
+        """At the end: what no look was worth yet. Returns the flags for the rank's last ballot."""
+        return self._sort_out(self._look_at_series()) if self._takes_points else 0
+
+    def _next(self) -> Monitor | None:
+        """The monitor whose turn it is, or None when none has anything new to see."""
+        for _ in range(len(self._monitors)):
+            self._turn %= len(self._monitors)
+            monitor = self._monitors[self._turn]
+            self._turn += 1
+            has_gathered = monitor.sees is Sees.SERIES and len(self._points) >= _GATHERED
+            looked_at = self._looked_at.get(monitor.sees)
+            if looked_at is None or has_gathered or self._clock() >= looked_at + _AGAIN_S:
+                return monitor
+        # All of them are of constant cost, or one would have been found.
+        self._rests_until = min((self._looked_at[one.sees] for one in self._monitors), default=math.inf) + _AGAIN_S
+        return None
+
+    def _take_turn(self, monitor: Monitor) -> list[Finding]:
+        """One look of a monitor."""
         began = self._clock()
+        if monitor.sees in self._looked_at:
+            self._looked_at[monitor.sees] = began
         if monitor.sees is Sees.SERIES:
             return self._look_at_series()
         if monitor.sees is Sees.GROUPS:
@@ -208,12 +232,17 @@ class Monitoring:
     def accepted(self, step: int, loss: float) -> None:
         """An update was applied whose loss this was."""
         if self._takes_points:
-            self._points.append(("loss", step, loss))
+            self._take_point("loss", step, loss)
 
     def metric(self, name: str, step: int, value: float) -> None:
         """The script told a number of its own."""
         if self._takes_points:
-            self._points.append((name, step, value))
+            self._take_point(name, step, value)
+
+    def _take_point(self, name: str, step: int, value: float) -> None:
+        self._points.append((name, step, value))
+        if len(self._points) >= _GATHERED:
+            self._rests_until = -math.inf
 
     # ------------------------------------------------------------------ stray writes
 

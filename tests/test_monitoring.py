@@ -117,6 +117,36 @@ def test_looks_take_no_more_than_their_share(share, cost_s, step_s):
         assert looks >= 299, "what there is time for is used"
 
 
+def test_monitors_of_numbers_look_when_there_is_something_new_to_see():
+    """They cost little for each number and much for each look, so short steps share one."""
+    clock = Clock()
+    _, monitoring = trained(nn.Linear(4, 4), ("lite",), clock=clock, monitor_budget=1.0)
+    looks = 0
+    for step in range(320):
+        clock.now += 1e-3
+        looks += monitoring.is_due()
+        if monitoring.is_due():
+            monitoring.look(step)
+        monitoring.accepted(step, 1.0)
+    assert 20 <= looks <= 24, "one per 16 numbers, and one for the hyperparameters at first"
+    for step in range(320, 330):
+        clock.now += 2.0
+        assert monitoring.is_due(), "steps of seconds are looked at one by one"
+        monitoring.look(step)
+        monitoring.accepted(step, 1.0)
+
+
+def test_what_no_look_was_worth_yet_is_looked_at_in_the_end():
+    clock = Clock()
+    _, monitoring = trained(nn.Linear(4, 4), ("metric_nonfinite",), clock=clock)
+    clock.now += 1e-3
+    monitoring.look(0)
+    monitoring.metric("val/accuracy", 3, math.nan)
+    assert not monitoring.is_due()
+    assert monitoring.look_at_rest() == 0
+    assert [alert["what"] for alert in monitoring.take_alerts()] == ["metric_nonfinite: val/accuracy"]
+
+
 def test_the_monitors_of_a_rank_keep_the_budget_by_looking_less_often():
     Expensive.clock, Expensive.cost_s, Expensive.looks = Clock(), 0.01, 0
     model = nn.Linear(4, 4)
