@@ -33,7 +33,6 @@ from arc_dist.peers.shelf import Shelf
 from arc_dist.snapshot.directory import owned_directories
 from arc_dist.snapshot.inheritance import Signature
 
-
 _CLONE_NEWUTS = 0x04000000
 
 

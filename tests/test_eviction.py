@@ -1,7 +1,7 @@
-"""Eviction with real processes: a host that is really slow is reported, left out at the next restart, and no bit changes.
+"""Eviction with real processes: a host that is really slow is reported, and left out at the next restart.
 
-The hosts are this machine's, each with a name, a failure domain and memory of its own. What is slow is the host, whoever
-has the rank there.
+The hosts are this machine's, each with a name, a failure domain and memory of its own. What is slow is the host,
+whoever has the rank there.
 """
 
 from __future__ import annotations

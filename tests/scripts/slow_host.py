@@ -1,8 +1,8 @@
 """Trains a toy under Arc on hosts of which one is slow; see test_eviction.py.
 
-Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "slow" ([host, part of a step, seconds]:
-what every rank on that host does in each step), "strike" (the rank that is killed, once, as soon as there is a file
-"strike" in "out"), "store", "settings" (of Arc).
+Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "slow" ([host, part of a step,
+seconds]: what every rank on that host does in each step), "strike" (the rank that is killed, once, as soon as there is
+a file "strike" in "out"), "store", "settings" (of Arc).
 """
 
 import json
