@@ -56,6 +56,7 @@ class Hosts:
         self._env = dict(env or {})
         self._named = named
         self._run_id = uuid.uuid4().hex
+        self._nodes: list[str] = []
         self._processes: dict[int, tuple[str, Any]] = {}
 
     def __enter__(self) -> Hosts:
@@ -75,6 +76,8 @@ class Hosts:
             local = sorted(other for other, theirs in ranks.items() if theirs == host)
             root = self.shm / host
             root.mkdir(exist_ok=True)
+            if host not in self._nodes:
+                self._nodes.append(host)
             env = {
                 **os.environ,
                 "MASTER_ADDR": "127.0.0.1",
@@ -87,6 +90,7 @@ class Hosts:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(local.index(rank)),
                 "LOCAL_WORLD_SIZE": str(len(local)),
+                "GROUP_RANK": str(self._nodes.index(host)),
                 "OMP_NUM_THREADS": "1",
                 "ARC_FAILURE_DOMAIN": host,
                 "ARC_SHM_ROOT": str(root),

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+import elastic_job
+from elastic_job import Plan, skipped_turns, timeline
 from hosts import Hosts
 from ranks import run_ranks
 from toy import Toy, plain
@@ -84,3 +86,29 @@ def test_a_slow_host_is_left_out_for_a_spare_at_the_next_restart(kind, part, sec
     ended = results(hosts, 2)
     assert [(result["generation"], result["host"]) for result in ended] == [(1, "a"), (1, "c")]
     assert [result["digest"] for result in ended] == run_ranks(2, undisturbed, toy), story
+
+
+@pytest.mark.soak
+def test_without_spares_a_slow_host_is_left_out_for_a_smaller_world(tmp_path, shm_root):
+    """Where the launcher allows one; every sample is used once, in its step, on three ranks and then on two."""
+    plan, until = Plan(kind="ddp", ranks=3, accumulate=2, checkpoint_every=10), 300
+    script = {"plan": dataclasses.asdict(plan), "out": str(tmp_path), "life": 0, "until": until}
+    script |= {"slow": ["b", SLOW_S / 2], "strike": 0, "settings": WATCH}
+    env = {"ARC_MIN_NODES": "2", "ARC_EVICT": "1"}
+    with Hosts(tmp_path, shm_root, elastic_job.SCRIPT, script, env, named=True) as hosts:
+        hosts.start({0: "a", 1: "b", 2: "c"}, world_size=3)
+        hosts.wait_for(lambda: reported(hosts, 1), WAIT_S, "the report of the slow rank")
+        (tmp_path / "strike").touch()
+        codes = hosts.wait(WAIT_S)
+    story = hosts.story(f"exit codes {codes}")
+    assert (tmp_path / "struck-0").exists(), story
+    assert codes == {0: 0, 1: 76, 2: 0}, story
+    assert "[arc] LeftOut: " in story
+    (shrinks,) = hosts.incidents("world_shrinks")
+    assert "is left out: rank 1 is persistently slow" in shrinks["cause"]
+    worlds = {}
+    for host in "abc":
+        lines = [json.loads(line) for line in (tmp_path / f"steps-{host}").read_text().splitlines()]
+        worlds[host] = sorted({line["ranks"] for line in lines})
+    assert worlds == {"a": [2, 3], "b": [3], "c": [2, 3]}, story
+    assert skipped_turns(plan, timeline(tmp_path, until=until), until=until) == []

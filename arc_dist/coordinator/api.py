@@ -300,7 +300,13 @@ _REPORTS = (
         path="/v1/worlds",
         about="Numbers of ranks that the training could go on with, sample for sample.",
         fields=(
-            Field(name="worlds", kind=Kind.OBJECTS, about="each of them", inside=(_integer("ranks", "how many"),)),
+            Field(
+                name="worlds",
+                kind=Kind.OBJECTS,
+                about="each of them",
+                required=False,
+                inside=(_integer("ranks", "how many"),),
+            ),
         ),
     ),
     Route(
