@@ -6,18 +6,22 @@ whoever has the rank there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import elastic_job
+import netns
 from elastic_job import Plan, skipped_turns, timeline
 from hosts import Hosts
-from ranks import run_ranks
+from ranks import Job, run_ranks
 from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "slow_host.py")
@@ -112,3 +116,42 @@ def test_without_spares_a_slow_host_is_left_out_for_a_smaller_world(tmp_path, sh
         worlds[host] = sorted({line["ranks"] for line in lines})
     assert worlds == {"a": [2, 3], "b": [3], "c": [2, 3]}, story
     assert skipped_turns(plan, timeline(tmp_path, until=until), until=until) == []
+
+
+@pytest.mark.soak
+def test_the_agent_of_a_host_that_is_left_out_ends_and_the_others_go_on(tmp_path):
+    """The real launcher, whose agents would use --max-restarts to bring a node back, or forbid all others to meet."""
+    if netns.problem():
+        pytest.skip(netns.problem())
+    plan, until = Plan(kind="ddp", ranks=3, accumulate=2, checkpoint_every=10), 300
+    config = {"plan": dataclasses.asdict(plan), "out": str(tmp_path), "life": 0, "until": until}
+    config |= {"slow": ["host2", SLOW_S / 2], "strike": 0, "settings": WATCH}
+    with netns.Network(3) as network, contextlib.ExitStack() as stack:
+        jobs = [stack.enter_context(start(network, host, tmp_path, config)) for host in range(3)]
+        jobs[0].wait_for(lambda: reported_in(tmp_path / "run"), WAIT_S, "the report of the slow rank")
+        (tmp_path / "strike").touch()
+        left = jobs[2].wait(WAIT_S)
+        ends = [job.wait(WAIT_S) for job in jobs[:2]]
+    assert (tmp_path / "struck-0").exists(), left
+    assert left.exit_code == 76, left
+    assert "[arc] LeftOut: " in left.stderr, left
+    assert [end.exit_code for end in ends] == [0, 0], ends
+    sizes = [json.loads(line)["ranks"] for line in (tmp_path / "steps-host0").read_text().splitlines()]
+    assert [ranks for ranks, _ in itertools.groupby(sizes)] == [3, 2], "the host was brought back"
+    assert skipped_turns(plan, timeline(tmp_path, until=until), until=until) == []
+
+
+def start(network: netns.Network, host: int, out: Path, config: dict[str, Any]) -> Job:
+    command = [
+        sys.executable, "-m", "arc_dist.launch.arcrun", "--nnodes=2:3", "--nproc-per-node=1", "--max-restarts=5",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint={network.address(0)}:29400", "--rdzv-id=evict",
+        f"--local-addr={network.address(host)}", "--arc-evict=1",
+        f"--rdzv-conf=is_host={int(host == 0)},join_timeout=300,read_timeout=20", elastic_job.SCRIPT,
+        json.dumps(config),
+    ]  # fmt: skip
+    return network.start(host, command, env={"ARC_RUN_DIR": str(out / "run")})
+
+
+def reported_in(run_dir: Path) -> bool:
+    path = run_dir / "incidents.jsonl"
+    return path.exists() and '"kind": "straggler"' in path.read_text()
