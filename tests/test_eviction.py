@@ -81,7 +81,8 @@ def test_a_slow_host_is_left_out_for_a_spare_at_the_next_restart(kind, part, sec
     assert (report["part"], report["ratio"] > 1.5) == (section, True), report
     assert (tmp_path / "out" / "struck-0").exists(), story
     assert codes == {0: 0, 1: 76, 2: 0}, story
-    assert "this host is left out of the job (rank 1 is persistently slow)" in story
+    assert "[arc] LeftOut: " in story
+    assert "left out of the job (rank 1 is persistently slow; a spare has taken its place)" in story
     (took,) = hosts.incidents("spare_took_over")
     assert took["ranks"] == [1], story
     assert "rank 1 is persistently slow" in took["cause"]
