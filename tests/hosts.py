@@ -10,7 +10,8 @@ What torchrun would do is done here, as in jobs.py: environment, the agent's sto
         hosts.start({2: "c", 3: "c"})
         assert hosts.wait(300) == {0: 0, 1: 0, 2: 0, 3: 0}
 
-With `named` each host has a name of its own, too, by which our code tells hosts apart. That needs root.
+With `named` each host has a name of its own, too, by which our code tells hosts apart, and is a node of a launcher, which
+is lost when it is not heard. That needs root.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ class Hosts:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(local.index(rank)),
                 "LOCAL_WORLD_SIZE": str(len(local)),
-                "GROUP_RANK": str(self._nodes.index(host)),
                 "OMP_NUM_THREADS": "1",
                 "ARC_FAILURE_DOMAIN": host,
                 "ARC_SHM_ROOT": str(root),
                 "ARC_RUN_DIR": str(self.directory / "run"),
                 **self._env,
+                **({"GROUP_RANK": str(self._nodes.index(host))} if self._named else {}),
                 name: value,
             }
             target = (host if self._named else "", env, str(self.directory), self._command)

@@ -11,8 +11,11 @@ import pytest
 from arc_dist.coordinator.client import LocalClient
 from arc_dist.coordinator.hosts import HostDesk
 from arc_dist.coordinator.service import Coordinator
+from arc_dist.data.order import Order
+from arc_dist.data.world import Share
 from arc_dist.errors import LeftOut
 from arc_dist.protocol.budgets import BudgetPolicy, Cause, CauseKind, Death
+from arc_dist.protocol.cells import Origin
 from arc_dist.protocol.eviction import Outlook, choose, goes_on, obstacle
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase
 from arc_dist.protocol.pick import Committed, Known
@@ -176,3 +179,22 @@ def test_nothing_is_considered_without_permission(make):
         service.ready(rank, 1)
     assert service.coordinator.job.phase is Phase.RUNNING
     assert not (service.run_dir / "incidents.jsonl").exists()
+
+
+def order(samples: int) -> Order:
+    named = {"sampler": "SeededSampler", "seed": 5, "shuffle": True, "drop_last": False, "drop_small": False}
+    return Order(samples=samples, batch_size=2, **named)
+
+
+@pytest.mark.parametrize(
+    ("share_order", "epochs", "worlds"),
+    [
+        ("it is a list", None, [4]),
+        (order(100), None, [1, 2, 3, 4, 6, 12]),
+        (order(96), 1, [1, 2, 3, 4, 6, 12]),  # 12 batches of each rank of the origin: four whole turns
+        (order(80), 1, [1, 2, 4]),  # 10 batches: one is left for a last turn of four cells
+    ],
+)
+def test_what_a_training_says_it_can_go_on_with(share_order, epochs, worlds):
+    share = Share(origin=Origin(4, 3), rank=0, ranks=4, since=0, order=share_order)
+    assert share.fitting_worlds(epochs=epochs) == worlds
