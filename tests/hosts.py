@@ -10,8 +10,8 @@ What torchrun would do is done here, as in jobs.py: environment, the agent's sto
         hosts.start({2: "c", 3: "c"})
         assert hosts.wait(300) == {0: 0, 1: 0, 2: 0, 3: 0}
 
-With `named` each host has a name of its own, too, by which our code tells hosts apart, and is a node of a launcher, which
-is lost when it is not heard. That needs root.
+With `named` each host has a name of its own, too, by which our code tells hosts apart, and is a node of a launcher,
+which is lost when it is not heard. That needs root.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def results(hosts: Hosts, world_size: int) -> list[dict[str, Any]]:
 def test_a_slow_host_is_left_out_for_a_spare_at_the_next_restart(kind, part, section, tmp_path, shm_root):
     toy = Toy(kind=kind, steps=STEPS)
     script = argument(tmp_path, toy, slow=["b", part, SLOW_S], strike=0, checkpoint_every=50)
-    env = {"ARC_SPARES": "1", "ARC_EVICT": "1"}
+    env = {"ARC_SPARES": "1", "ARC_EVICT": "1", "ARC_HOST_TIMEOUT_S": "60"}
     with Hosts(tmp_path, shm_root, SCRIPT, script, env, named=True) as hosts:
         hosts.start({0: "a", 1: "b", 2: "c"}, world_size=3)
         report = hosts.wait_for(lambda: reported(hosts, 1), WAIT_S, "the report of the slow rank")
@@ -99,7 +99,7 @@ def test_without_spares_a_slow_host_is_left_out_for_a_smaller_world(tmp_path, sh
     plan, until = Plan(kind="ddp", ranks=3, accumulate=2, checkpoint_every=10), 300
     script = {"plan": dataclasses.asdict(plan), "out": str(tmp_path), "life": 0, "until": until}
     script |= {"slow": ["b", SLOW_S / 2], "strike": 0, "settings": WATCH}
-    env = {"ARC_MIN_NODES": "2", "ARC_EVICT": "1"}
+    env = {"ARC_MIN_NODES": "2", "ARC_EVICT": "1", "ARC_HOST_TIMEOUT_S": "60"}
     with Hosts(tmp_path, shm_root, elastic_job.SCRIPT, script, env, named=True) as hosts:
         hosts.start({0: "a", 1: "b", 2: "c"}, world_size=3)
         hosts.wait_for(lambda: reported(hosts, 1), WAIT_S, "the report of the slow rank")
@@ -146,7 +146,7 @@ def start(network: netns.Network, host: int, out: Path, config: dict[str, Any]) 
     command = [
         sys.executable, "-m", "arc_dist.launch.arcrun", "--nnodes=2:3", "--nproc-per-node=1", "--max-restarts=5",
         "--rdzv-backend=c10d", f"--rdzv-endpoint={network.address(0)}:29400", "--rdzv-id=evict",
-        f"--local-addr={network.address(host)}", "--arc-evict=1",
+        f"--local-addr={network.address(host)}", "--arc-evict=1", "--arc-host-timeout-s=60",
         f"--rdzv-conf=is_host={int(host == 0)},join_timeout=300,read_timeout=20", elastic_job.SCRIPT,
         json.dumps(config),
     ]  # fmt: skip
