@@ -20,12 +20,12 @@ from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.errors import StoreCorrupt
 from arc_dist.peers import sender as sender_module
 from arc_dist.peers.channel import BLOCK_BYTES, Channel, PeerUnavailable, connect
-from arc_dist.peers.fetch import fetch
+from arc_dist.peers.fetch import fetch, orders
 from arc_dist.peers.image import Image
 from arc_dist.peers.sender import CopySender, Partner
 from arc_dist.peers.server import Job, PeerServer
 from arc_dist.peers.service import Peers, PeerSettings
-from arc_dist.peers.shelf import Shelf
+from arc_dist.peers.shelf import Goods, Shelf
 from arc_dist.snapshot import layout
 from arc_dist.snapshot.form import Form
 from arc_dist.snapshot.ring import SnapshotRing
@@ -53,10 +53,16 @@ class Rank:
         self.rank = rank
         self.numel = numel
         self.ring = SnapshotRing(self.directory, form=form)
-        self.shelf = Shelf(self.directory)
+        self.shelves = {goods: Shelf(self.directory, goods) for goods in Goods}
+        self.shelf = self.shelves[Goods.COPY]
         self.generation = 0
         self.server = PeerServer(
-            job(rank, **changes), self.shelf, "127.0.0.1", generation=lambda: self.generation, timeout_s=TIMEOUT_S
+            job(rank, **changes),
+            self.directory,
+            self.shelves,
+            "127.0.0.1",
+            generation=lambda: self.generation,
+            timeout_s=TIMEOUT_S,
         )
         self.partner = Partner(rank=rank, host="127.0.0.1", port=self.server.port)
         self.incidents: list[dict[str, Any]] = []
@@ -121,7 +127,8 @@ def eventually(condition: Any, what: str) -> None:
 
 def bring_back(owner: int, directory: Path, holder: Partner, step: int, generation: int = 0, **changes: Any) -> int:
     source = {"rank": owner, "generation": generation, "slot": 0, "holder": holder.rank}
-    return fetch(job(owner, **changes), directory, holder, source, step, TIMEOUT_S, lambda sock: None)
+    (order,) = orders(owner, directory, [holder], source, step)
+    return fetch(job(owner, **changes), order, TIMEOUT_S, lambda sock: None)
 
 
 @pytest.mark.parametrize("form", [Form.FULL, Form.INCREMENTAL])
@@ -414,10 +421,10 @@ def test_a_holder_that_is_gone_is_said_and_not_waited_for(ranks, shm_root):
     peers = Peers(job(2), settings, owner.directory, host="127.0.0.1", listen="127.0.0.1", record=lambda **line: None)
     plan = {"step": 4, "sources": {"2": {"rank": 2, "slot": 0, "shm_dir": "", "holder": 0, "generation": 0}}}
     holder.server.close()
-    fetching = peers.start_fetch(plan, {"rank": 0, "host": "127.0.0.1", "port": holder.partner.port})
+    fetching = peers.start_fetch(plan, [{"rank": 0, "host": "127.0.0.1", "port": holder.partner.port}])
     assert fetching is not None
     eventually(lambda: fetching.is_over, "the end of the fetch")
-    assert fetching.slot is None
+    assert fetching.source is None
     assert "cannot be reached" in fetching.error
     assert peers.introduction()["distrusted"] == [0]
     peers.close()

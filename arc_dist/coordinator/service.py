@@ -60,8 +60,9 @@ from arc_dist.protocol.events import (
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
-from arc_dist.protocol.pick import Committed, Inventory, Poison
+from arc_dist.protocol.pick import Committed, Poison
 from arc_dist.protocol.pulse import PulseRules
+from arc_dist.protocol.sources import Inventory
 
 logger = logging.getLogger("arc_dist.coordinator")
 
