@@ -13,10 +13,12 @@ What torchrun would do is done here, as in jobs.py: environment, the agent's sto
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -25,17 +27,41 @@ from typing import Any
 
 import forkserver
 import jobs
-from arc_dist.peers.shelf import Shelf
+from arc_dist.peers.shelf import Goods, Shelf
 from arc_dist.snapshot.directory import owned_directories
 from arc_dist.snapshot.inheritance import Signature
 
+_CLONE_NEWUTS = 0x04000000
+
+
+def _on_host(name: str, *job: Any) -> None:
+    """In a new process: becomes one of the host of this name, and runs a rank's supervisor."""
+    if name:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWUTS) != 0:
+            raise OSError(ctypes.get_errno(), "a host name of its own needs CAP_SYS_ADMIN")
+        socket.sethostname(f"arc-{name}")
+        job[0]["GLOO_SOCKET_IFNAME"] = "lo"  # nobody resolves that name
+    jobs._python(*job)
+
 
 class Hosts:
-    """A job whose ranks are started by hand; use it in a `with` statement."""
+    """A job whose ranks are started by hand; use it in a `with` statement.
+
+    With `apart` each host has a name of its own, by which supervisors know whose memory they can read.
+    """
 
     def __init__(
-        self, directory: Path, shm: Path, script: str, argument: Mapping[str, Any], env: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        shm: Path,
+        script: str,
+        argument: Mapping[str, Any],
+        env: Mapping[str, str] | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
+        self._apart = apart
         self.directory = directory
         self.shm = shm
         self._command = ["-m", "arc_dist", script, json.dumps(argument)]
@@ -80,8 +106,8 @@ class Hosts:
                 **self._env,
                 name: value,
             }
-            target = (env, str(self.directory), str(self.directory), self._command)
-            process = forkserver.context().Process(target=jobs._python, args=target, name=f"rank{rank}")
+            target = (host if self._apart else "", env, str(self.directory), str(self.directory), self._command)
+            process = forkserver.context().Process(target=_on_host, args=target, name=f"rank{rank}")
             process.start()
             self._processes[rank] = (host, process)
 
@@ -124,6 +150,14 @@ class Hosts:
         """(owner, step) of the whole copies in the memory of a host."""
         return {
             (kept.owner, kept.info.step) for path in owned_directories(self.shm / host) for kept in Shelf(path).kept()
+        }
+
+    def notes(self, host: str) -> set[tuple[int, int]]:
+        """(owner, step) of the notes in the memory of a host."""
+        return {
+            (kept.owner, kept.info.step)
+            for path in owned_directories(self.shm / host)
+            for kept in Shelf(path, Goods.NOTE).kept()
         }
 
     def ranks_left(self, host: str) -> list[int]:

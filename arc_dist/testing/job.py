@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arc_dist.checkpoint_store.format import MANIFEST_NAME, objects_name
