@@ -33,9 +33,9 @@ def undisturbed(rank: int, world_size: int, toy: Toy) -> str:
     return plain(toy)[0]
 
 
-def kill_one(tmp_path: Path, toy: Toy) -> list[dict[str, Any]]:
-    """Rank 3 of 4 is killed in step 13; the only older snapshot is that of the start."""
-    config = {"kills": {"3": [13]}, "settings": {"snapshot_every": 50}}
+def kill_one(tmp_path: Path, toy: Toy, where: str = "loss") -> list[dict[str, Any]]:
+    """Rank 3 of 4 is killed in step 13, or right after it; the only older snapshot is that of the start."""
+    config = {"kills": {"3": [13]}, "where": where, "settings": {"snapshot_every": 50}}
     argument = json.dumps({"toy": dataclasses.asdict(toy), "out": str(tmp_path), **config})
     env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(tmp_path / "run")}
     done = run_supervised(4, str(SCRIPTS / "train_toy.py"), argument, env=env, timeout_s=WAIT_S)
@@ -46,10 +46,11 @@ def kill_one(tmp_path: Path, toy: Toy) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("variant", [{}, {"batch_norm": True, "accumulate": 2}])
-def test_under_hsdp_a_replica_on_the_host_stands_in_so_that_no_step_is_lost(variant, tmp_path):
-    results = kill_one(tmp_path, Toy(kind="hsdp", steps=18, samples=2048, **variant))
-    assert [result["steps"][0][0] for result in results] == [13] * 4
+@pytest.mark.parametrize("where", [pytest.param("loss", marks=pytest.mark.soak), "body"])
+def test_under_hsdp_a_replica_on_the_host_stands_in_so_that_no_step_is_lost(where, tmp_path):
+    """The survivors lose their peer in the backward pass, or in the forward pass with parameters gathered."""
+    results = kill_one(tmp_path, Toy(kind="hsdp", steps=18, samples=2048, batch_norm=True), where)
+    assert [result["steps"][0][0] for result in results] == [13 + (where == "body")] * 4
 
 
 def test_under_plain_fsdp_nobody_stands_in(tmp_path):
@@ -111,6 +112,7 @@ def test_a_lost_host_is_refilled_from_live_replicas_on_another_one(kind, tmp_pat
         check(hosts, toy, BLOCK_AT - 3, words)
 
 
+@pytest.mark.soak
 def test_on_one_host_only_the_note_is_fetched(tmp_path, shm_root):
     """The memory of two ranks is gone, that of their replicas can be read."""
     toy = Toy(kind="hsdp", steps=20, samples=2048)
