@@ -35,7 +35,7 @@ from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
 from arc_dist.snapshot.record import StepRecord
-from arc_dist.snapshot.replicas import let_go_of_gathered, replica_key
+from arc_dist.snapshot.replicas import reshards
 from arc_dist.snapshot.rng import RngState, capture_rng, same_rng
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger, set_up_logging
@@ -456,8 +456,7 @@ class Engine:
         # A snapshot of this very step that is not trusted yet would be passed over: it is written again, as parting.
         if recorded is None or guard.step in guard.protection.certified_steps():
             return
-        let_go_of_gathered(self.state.models)
-        if replica_key(self.state) != self.ring.replica_key:
+        if self.parallelism is Parallelism.SHARDED and not reshards(self.state, self.ring.replica_key):
             return  # something else than a step was going on
         small = guard.small()
         small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}

@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arc_dist.snapshot.replicas import let_go_of_gathered, replica_key
+from arc_dist.snapshot.replicas import replica_key, reshards
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
 from ranks import run_ranks
@@ -117,7 +117,7 @@ def _interrupted(rank: int, world_size: int) -> tuple[bool, bool, list[int]]:
         model(torch.ones(2, 4))
     except RuntimeError:
         gathered = not isinstance(model[0].weight, DTensor)
-        let_go_of_gathered(state.models)
+        assert reshards(state, before)
     ring = SnapshotRing(replica_key=before)
     now, tensors = state.tensors()
     ring.capture(1, 0, now, tensors, {}, parting=True)

@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from arc_dist.checkpoint_store.format import FAST_HASH, new_hash
 from arc_dist.snapshot.naming import DTensor, FSDPModule, named_tensors
 from arc_dist.snapshot.state import TrainingState
-from arc_dist.snapshot.tensors import spec_of
 
 _KEY_BITS = 63  # travels as a whole number that is not negative
 
@@ -41,7 +40,7 @@ def replica_key(state: TrainingState) -> int:
         return 0
     if any(_shares_out(optimizer) for optimizer in state.optimizers):
         return 0
-    state.tensors()  # parameters that FSDP2 has gathered are let go
+    specs = {spec.name: spec for spec in state.tensors()[0]}
     averaged = _averaged_by_ddp(state.models)
     rows: list[list[Any]] = []
     has_replicas = False
@@ -53,7 +52,7 @@ def replica_key(state: TrainingState) -> int:
         if sharded == (group is not None):
             return 0  # nobody averages it, or two do
         group = _ranks_of_mesh(named.tensor) if group is None else group
-        spec = spec_of(named.name, named.tensor)
+        spec = specs[f"model.{named.name}"]
         rows.append([spec.name, spec.dtype, spec.shape, spec.global_shape, spec.offsets, group])
         has_replicas = has_replicas or not sharded or _is_repeated(named.tensor)
     if not has_replicas:
@@ -63,16 +62,24 @@ def replica_key(state: TrainingState) -> int:
     return int(digest.hexdigest()[:16], 16) >> (64 - _KEY_BITS) or 1
 
 
-def let_go_of_gathered(models: Mapping[str, nn.Module]) -> None:
+def reshards(state: TrainingState, key: int) -> bool:
     """Has FSDP2 put the sharded parameters back, also in the middle of a forward pass that will never end.
 
     `FSDPModule.reshard` does nothing in a forward pass of a module that stays gathered after it, as the outermost does.
+
+    Args:
+        state: of a process that will train no more.
+        key: its replica key when it began.
+
+    Returns:
+        Whether the state is laid out as it was then.
     """
-    for model in models.values():
+    for model in state.models.values():
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(True, recurse=False)  # type: ignore[attr-defined]
                 module.reshard()  # type: ignore[attr-defined]
+    return replica_key(state) == key
 
 
 def _averaged_by_ddp(models: Mapping[str, nn.Module]) -> dict[int, list[int]]:
