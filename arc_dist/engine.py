@@ -36,7 +36,8 @@ from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
 from arc_dist.snapshot.record import StepRecord
-from arc_dist.snapshot.rng import RngState, capture_rng
+from arc_dist.snapshot.replicas import reshards
+from arc_dist.snapshot.rng import RngState, capture_rng, same_rng
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.telemetry.log import logger, set_up_logging
 from arc_dist.telemetry.recorder import Recorder, append_line
@@ -142,8 +143,8 @@ class Engine:
         if env.shm_dir is not None:
             self._status = StatusPage.open(env.shm_dir)
             self._status.write(phase=Phase.STARTING, step=0, generation=env.generation)
-            if self.parallelism is Parallelism.REPLICATED:
-                self._record = StepRecord(env.shm_dir)
+            if self.parallelism is Parallelism.REPLICATED or self.ring.replica_key:
+                self._record = StepRecord(env.shm_dir, self.ring.replica_key)
         self.guard = Guard(
             state=self.state,
             settings=settings,
@@ -453,12 +454,14 @@ class Engine:
             time.sleep(_END_EXPECTED_WITHIN_S)
 
     def _leave_state_behind(self, record: StepRecord) -> None:
-        """Only where this rank's state is whole (no update had begun), equal on all ranks (DDP), and finite."""
+        """Only where this rank's state is whole (no update had begun), has replicas (DDP, HSDP), and is finite."""
         guard = self.guard
         recorded = record.read(guard.step)
         # A snapshot of this very step that is not trusted yet would be passed over: it is written again, as parting.
         if recorded is None or guard.step in guard.protection.certified_steps():
             return
+        if self.parallelism is Parallelism.SHARDED and not reshards(self.state, self.ring.replica_key):
+            return  # something else than a step was going on
         small = guard.small()
         small["training"] |= {"rng": recorded.rng, "buffers": recorded.buffers}
         data = guard.data if isinstance(guard.data, BatchSource) else None
@@ -507,14 +510,3 @@ def _is_loss_of_peer(error: BaseException) -> bool:
     if isinstance(error, (PeerLost, dist.DistError)):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
-
-
-def same_rng(a: RngState, b: RngState) -> bool:
-    """Whether two captured points are one."""
-    return (
-        a.python == b.python
-        and a.numpy is b.numpy
-        and torch.equal(a.torch, b.torch)
-        and len(a.cuda) == len(b.cuda)
-        and all(torch.equal(mine, theirs) for mine, theirs in zip(a.cuda, b.cuda, strict=True))
-    )

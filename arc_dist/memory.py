@@ -18,6 +18,7 @@ from arc_dist.snapshot.form import (
     file_system_type,
     measure_room,
 )
+from arc_dist.snapshot.replicas import replica_key
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
 from arc_dist.snapshot.tensors import local
@@ -59,7 +60,9 @@ def open_ring(state: TrainingState, settings: Settings, voter: Voter, env: Env, 
             kind,
         )
     rounds = state.is_parameter if form is Form.BF16 else None
-    return SnapshotRing(env.shm_dir, slots=slots, root=env.shm_root, form=form, rounds=rounds)
+    return SnapshotRing(
+        env.shm_dir, slots=slots, root=env.shm_root, form=form, replica_key=replica_key(state), rounds=rounds
+    )
 
 
 def expected_bytes(state: TrainingState) -> int:

@@ -79,7 +79,7 @@ class Monitoring:
         self._parts: dict[Sees, list[Get]] = {}
         self._known: object = None
         self._points: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=_MAX_POINTS)
-        self._looked_at = dict.fromkeys((Sees.SERIES, Sees.GROUPS), -math.inf)  # when
+        self._looked_at: dict[Sees, float] = {Sees.SERIES: -math.inf, Sees.GROUPS: -math.inf}  # when
         self._rests_until = -math.inf  # no monitor has anything new to see before
         self._again: tuple[int, Monitor, int] | None = None  # (step, monitor, part) of a look that was promised
         self._faults: dict[str, int] = collections.defaultdict(int)

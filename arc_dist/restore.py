@@ -21,9 +21,10 @@ from arc_dist.checkpoint_store.tiers import Tiers
 from arc_dist.data.position import read_mark
 from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
 from arc_dist.healing.vote import agree
+from arc_dist.peers.fetch import give_back
 from arc_dist.snapshot.record import StepRecord
 from arc_dist.snapshot.ring import SnapshotRing
-from arc_dist.snapshot.slot import Snapshot
+from arc_dist.snapshot.slot import Snapshot, read_small_objects
 from arc_dist.telemetry.log import logger
 
 if TYPE_CHECKING:
@@ -112,11 +113,14 @@ def _try_everywhere(engine: Engine, attempt: Callable[[], Found], what: str) -> 
 def _planned(engine: Engine, plan: dict[str, Any]) -> Found:
     assert engine.env.shm_dir is not None
     snapshot = from_memory(plan, engine.rank, engine.env.shm_dir, own=engine.ring.restore)
+    give_back(engine.env.shm_dir)
     return Found(plan["step"], "memory", snapshot.specs, snapshot.tensors, snapshot.small, engine.world_size)
 
 
 def from_memory(plan: dict[str, Any], rank: int, directory: Path, *, own: Callable[[int], Snapshot]) -> Snapshot:
-    """What a plan says that a rank's state is: a snapshot of its own, or a peer's with what only this rank knows.
+    """What a plan says that a rank's state is: a snapshot of its own, or a replica's with what only this rank knows.
+
+    That is the record which it left in its memory, or a note which another supervisor had kept.
 
     Args:
         plan: of tier "memory".
@@ -125,13 +129,16 @@ def from_memory(plan: dict[str, Any], rank: int, directory: Path, *, own: Callab
         own: opens a slot there.
 
     Raises:
-        InfrastructureError: the rank was to take a peer's snapshot, and left nothing of its own.
+        InfrastructureError: the rank was to take a replica's snapshot, and left nothing of its own.
         ConfigError, SlotDamaged: see `SnapshotRing`.
     """
     source = plan["sources"][str(rank)]
     if source["rank"] == rank:
         return own(source["slot"])
     snapshot = SnapshotRing.open_peer(Path(source["shm_dir"]), source["slot"])
+    note = source.get("note")
+    if note is not None:
+        return dataclasses.replace(snapshot, small=read_small_objects(Path(note["shm_dir"]), note["slot"]))
     recorded = StepRecord(directory).read(plan["step"])
     if recorded is None:
         raise errors.InfrastructureError(f"rank {rank} left no record of step {plan['step']} before it died")

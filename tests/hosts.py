@@ -30,7 +30,7 @@ from typing import Any
 
 import forkserver
 import jobs
-from arc_dist.peers.shelf import Shelf
+from arc_dist.peers.shelf import Goods, Shelf
 from arc_dist.snapshot.directory import owned_directories
 from arc_dist.snapshot.inheritance import Signature
 
@@ -145,6 +145,14 @@ class Hosts:
             (kept.owner, kept.info.step) for path in owned_directories(self.shm / host) for kept in Shelf(path).kept()
         }
 
+    def notes(self, host: str) -> set[tuple[int, int]]:
+        """(owner, step) of the notes in the memory of a host."""
+        return {
+            (kept.owner, kept.info.step)
+            for path in owned_directories(self.shm / host)
+            for kept in Shelf(path, Goods.NOTE).kept()
+        }
+
     def ranks_left(self, host: str) -> list[int]:
         """Whose directories are in the memory of a host."""
         signatures = [Signature.read(path) for path in owned_directories(self.shm / host)]
@@ -172,4 +180,5 @@ def _supervisor(host: str, env: dict[str, str], directory: str, command: list[st
         if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUTS) != 0:
             raise OSError(ctypes.get_errno(), "a host cannot get a name of its own")
         socket.sethostname(host)
+        env = {"GLOO_SOCKET_IFNAME": "lo", **env}  # nobody resolves that name
     jobs._python(env, directory, directory, command)

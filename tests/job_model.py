@@ -37,7 +37,8 @@ from arc_dist.protocol.events import (
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase
-from arc_dist.protocol.pick import Committed, Holding, Inventory, Plan, Poison, Tier
+from arc_dist.protocol.pick import Committed, Plan, Poison, Tier
+from arc_dist.protocol.sources import Holding, Inventory
 
 History = tuple[int, ...]
 SNAPSHOT_EVERY = 2
@@ -282,7 +283,11 @@ class Model:
             }
             for s in self.supervisors
         ]
-        whole = set.union(*per_rank) if self.options.replicated else set.intersection(*per_rank)
+        if self.options.replicated:
+            # Of a rank that holds nothing nobody knows whose replica it is.
+            anywhere = set[History]().union(*per_rank)
+            per_rank = [anywhere if s.ring else own for s, own in zip(self.supervisors, per_rank, strict=True)]
+        whole = set.intersection(*per_rank)
         newest = max((len(history) for history in whole), default=0)
         if newest > len(history):
             raise Violation(f"S4: step {newest} is whole, with plan {plan.tier.value} the ranks take {len(history)}")
@@ -424,7 +429,7 @@ class Model:
             slot=slot,
             generation=trainer.generation,
             parting=parting,
-            replicated=self.options.replicated,
+            replica_key=int(self.options.replicated),
         )
         if parting:
             self.certified.add(trainer.history)

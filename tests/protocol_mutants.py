@@ -18,7 +18,7 @@ from typing import Any
 
 from arc_dist.coordinator import journal, service
 from arc_dist.errors import ExitCode
-from arc_dist.protocol import commit, generations, job, pick
+from arc_dist.protocol import commit, generations, job, pick, sources
 from arc_dist.testing import exhaustive, faults
 from arc_dist.testing.exhaustive import Scope
 from arc_dist.testing.job import Options
@@ -73,7 +73,7 @@ def found_by(mutant: Mutant, *, num_seeds: int) -> str | None:
             if problem := _problem(lambda scope=scope: exhaustive.explore(scope)):
                 return f"the exhaustive search: {problem[:300]}"
         for seed in itertools.islice(itertools.count(), num_seeds):
-            options = Options(num_ranks=2 + seed % 4, num_faults=10, replicated=seed % 2 == 0)
+            options = Options(num_ranks=2 + seed % 4, num_faults=10, shards=seed % 3)
             if problem := _problem(lambda seed=seed, options=options: _played(seed, options)):
                 return f"the simulator, seed {seed}: {problem}"
     return None
@@ -104,7 +104,7 @@ def _problem(play: Callable[[], Any]) -> str | None:
     return None
 
 
-G, C, J, P = generations, commit, job, pick
+G, C, J, P, S = generations, commit, job, pick, sources
 _ALL_KILLED = tuple(f"at 0.530 crash-rank {rank}" for rank in range(4))
 _POISONED = ("at 0.610 corrupt-state 0", *(f"at 0.640 crash-supervisor {rank}" for rank in range(4)))
 _CRASH_IN_START = ("at 0.160 crash-coordinator 0 for 0.002",)
@@ -173,7 +173,7 @@ MUTANTS = {
         where=C.offer, old="len(parts) < saves.world_size", new="len(parts) + 1 < saves.world_size"
     ),
     "an uncertified snapshot is trusted": Mutant(
-        where=P.Holding.trusted.fget,
+        where=S.Holding.trusted.fget,
         old="self.certified or self.parting",
         new="True",  # type: ignore[attr-defined],
         faults=_ALL_KILLED,
@@ -185,19 +185,23 @@ MUTANTS = {
         faults=_POISONED,
     ),
     "a rank's shard stands in for another's": Mutant(
-        where=P._sources, old="holders[rank].replicated", new="True", faults=_REPLACED
+        where=S.find_sources,
+        old="sorted(keys[rank])",
+        new="sorted(replicas)",
+        faults=_REPLACED,
+        options=Options(shards=2),
     ),
     "the memory of another host stands in": Mutant(
-        where=P._sources,
-        old="givers.get(mine.host)",
-        new="next(iter(givers.values()), None)",
+        where=S._near,
+        old="if inventories[giver].host == inventories[rank].host",
+        new="",
         faults=("at 0.500 crash-node 1",),
-        options=Options(replicated=True),
+        options=Options(shards=1),
     ),
     "the oldest whole step is taken": Mutant(
-        where=P._trusted_in_memory,
-        old="sorted(by_step, reverse=True)",
-        new="sorted(by_step)",
+        where=P.pick,
+        old="sorted(offers, reverse=True)",
+        new="sorted(offers)",
         faults=("at 0.600 crash-rank 1",),
     ),
     "the oldest checkpoint is taken": Mutant(

@@ -120,8 +120,8 @@ def test_a_death_is_told_at_once_and_the_next_plan_lends_from_the_survivor(coord
     assert (told["kind"], told["generation"]) == ("end", 0)
     assert "rank 1 killed by signal 9 at step 7" in told["reason"]
     parting = {"step": 7, "slot": 1, "nbytes": 8, "generation": 0, "certified": False, "parting": True}
-    say_ready(one, 1, 1, {**parting, "step": 6, "certified": True, "parting": False})
-    say_ready(zero, 0, 1, {**parting, "replicated": True})
+    say_ready(one, 1, 1, {**parting, "step": 6, "certified": True, "parting": False, "replica_key": 1})
+    say_ready(zero, 0, 1, {**parting, "replica_key": 1})
     told = zero.directive(0, 1, 1)
     assert (told["kind"], told["plan"]["step"], told["plan"]["tier"]) == ("run", 7, "memory")
     assert told["store"]["port"] == 1001
@@ -251,7 +251,7 @@ def test_a_restarted_coordinator_keeps_plan_budgets_and_poison(coordinator: Coor
     zero, one = running(coordinator)
     zero.poison(3, 4, 0)
     one.died(1, 0, KILLED, 7)
-    say_ready(zero, 0, 1, {"step": 7, "slot": 0, "certified": True, "replicated": True})
+    say_ready(zero, 0, 1, {"step": 7, "slot": 0, "certified": True, "replica_key": 1})
     say_ready(one, 1, 1)
     before = zero.directive(0, 1, 1)
     coordinator.close()

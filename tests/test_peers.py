@@ -20,15 +20,17 @@ from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.errors import StoreCorrupt
 from arc_dist.peers import sender as sender_module
 from arc_dist.peers.channel import BLOCK_BYTES, Channel, PeerUnavailable, connect
-from arc_dist.peers.fetch import fetch
+from arc_dist.peers.fetch import arrived, fetch, give_back, orders
 from arc_dist.peers.image import Image
 from arc_dist.peers.sender import CopySender, Partner
 from arc_dist.peers.server import Job, PeerServer
 from arc_dist.peers.service import Peers, PeerSettings
-from arc_dist.peers.shelf import Shelf
+from arc_dist.peers.shelf import Goods, Shelf
+from arc_dist.restore import from_memory
 from arc_dist.snapshot import layout
 from arc_dist.snapshot.form import Form
 from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.snapshot.slot import read_small_objects
 
 TOKEN = "a-token-of-the-job"
 TIMEOUT_S = 60.0
@@ -47,16 +49,24 @@ def state(numel: int, seed: int) -> tuple[list[TensorSpec], list[torch.Tensor]]:
 class Rank:
     """A rank's directory, ring and listening service."""
 
-    def __init__(self, root: Path, rank: int, *, numel: int = 1000, form: Form = Form.FULL, **changes: Any) -> None:
+    def __init__(
+        self, root: Path, rank: int, *, numel: int = 1000, form: Form = Form.FULL, replica_key: int = 0, **changes: Any
+    ) -> None:
         self.directory = root / f"r{rank}"
         self.directory.mkdir()
         self.rank = rank
         self.numel = numel
-        self.ring = SnapshotRing(self.directory, form=form)
-        self.shelf = Shelf(self.directory)
+        self.ring = SnapshotRing(self.directory, form=form, replica_key=replica_key)
+        self.shelves = {goods: Shelf(self.directory, goods) for goods in Goods}
+        self.shelf = self.shelves[Goods.COPY]
         self.generation = 0
         self.server = PeerServer(
-            job(rank, **changes), self.shelf, "127.0.0.1", generation=lambda: self.generation, timeout_s=TIMEOUT_S
+            job(rank, **changes),
+            self.directory,
+            self.shelves,
+            "127.0.0.1",
+            generation=lambda: self.generation,
+            timeout_s=TIMEOUT_S,
         )
         self.partner = Partner(rank=rank, host="127.0.0.1", port=self.server.port)
         self.incidents: list[dict[str, Any]] = []
@@ -121,7 +131,8 @@ def eventually(condition: Any, what: str) -> None:
 
 def bring_back(owner: int, directory: Path, holder: Partner, step: int, generation: int = 0, **changes: Any) -> int:
     source = {"rank": owner, "generation": generation, "slot": 0, "holder": holder.rank}
-    return fetch(job(owner, **changes), directory, holder, source, step, TIMEOUT_S, lambda sock: None)
+    (order,) = orders(owner, directory, [holder], source, step)
+    return fetch(job(owner, **changes), order, TIMEOUT_S, lambda sock: None)
 
 
 @pytest.mark.parametrize("form", [Form.FULL, Form.INCREMENTAL])
@@ -414,10 +425,10 @@ def test_a_holder_that_is_gone_is_said_and_not_waited_for(ranks, shm_root):
     peers = Peers(job(2), settings, owner.directory, host="127.0.0.1", listen="127.0.0.1", record=lambda **line: None)
     plan = {"step": 4, "sources": {"2": {"rank": 2, "slot": 0, "shm_dir": "", "holder": 0, "generation": 0}}}
     holder.server.close()
-    fetching = peers.start_fetch(plan, {"rank": 0, "host": "127.0.0.1", "port": holder.partner.port})
+    fetching = peers.start_fetch(plan, [{"rank": 0, "host": "127.0.0.1", "port": holder.partner.port}])
     assert fetching is not None
     eventually(lambda: fetching.is_over, "the end of the fetch")
-    assert fetching.slot is None
+    assert fetching.source is None
     assert "cannot be reached" in fetching.error
     assert peers.introduction()["distrusted"] == [0]
     peers.close()
@@ -432,3 +443,62 @@ def test_copies_of_ranks_that_others_keep_now_are_removed(ranks, senders):
     assert holder.steps(2) == {4}
     holder.shelf.retain([3])
     assert not (holder.directory / "peer-2").exists()
+
+
+def test_a_note_is_the_small_part_of_a_snapshot_and_is_never_listed_as_one(ranks, senders, shm_root):
+    owner, keeper = ranks(2, replica_key=9), ranks(0)
+    sender = owner.sender()
+    sender.begin(0, [], [keeper.partner])
+    owner.capture(4)
+    eventually(keeper.shelves[Goods.NOTE].kept, "the note")
+    sender.close()
+    (kept,) = keeper.shelves[Goods.NOTE].kept()
+    assert (kept.owner, kept.info.step, kept.info.replica_key, kept.info.nbytes) == (2, 4, 9, 0)
+    assert read_small_objects(kept.directory, kept.info.slot) == {"step": 4}
+    assert layout.slot_path(kept.directory, kept.info.slot).stat().st_size <= 2 * layout.PAGE_BYTES
+    assert keeper.steps(2) == set()
+    assert layout.inspect(keeper.directory) == []
+
+
+def test_snapshots_without_a_key_have_no_notes(ranks):
+    owner, keeper = ranks(2), ranks(0)
+    sender = owner.sender()
+    sender.begin(0, [keeper.partner], [keeper.partner])
+    owner.capture(4)
+    eventually(lambda: keeper.steps(2) == {4}, "the copy, which goes after the note")
+    assert keeper.shelves[Goods.NOTE].kept() == []
+    sender.close()
+
+
+def test_a_replicas_own_snapshot_and_a_note_are_put_beside_what_is_a_ranks_own(ranks, shm_root):
+    replica, keeper, owner = ranks(1, replica_key=9, numel=5000), ranks(0), ranks(3, replica_key=9, numel=5000)
+    for rank in (replica, owner):
+        rank.capture(4, seed=1)
+    sender = owner.sender()
+    sender.begin(0, [], [keeper.partner])
+    eventually(keeper.shelves[Goods.NOTE].kept, "the note")
+    sender.close()
+    new = shm_root / "new"
+    new.mkdir()
+    source = {"rank": 1, "slot": 0, "holder": 1, "generation": 0, "noted_by": 0, "noted_in": 0, "shm_dir": "there"}
+    wanted = orders(3, new, [replica.partner, keeper.partner], source, 4)
+    slots = {order.goods: (order.directory, fetch(job(3), order, TIMEOUT_S, lambda sock: None)) for order in wanted}
+    found = arrived(source, slots)
+    snapshot = from_memory({"step": 4, "sources": {"3": found}}, 3, new, own=lambda slot: pytest.fail("not its own"))
+    assert snapshot.small == {"step": 4}
+    for tensor, expected in zip(snapshot.tensors, state(5000, 1)[1], strict=True):
+        assert torch.equal(tensor, expected)
+    assert layout.inspect(new) == []
+    give_back(new)
+    assert list(new.iterdir()) == []
+    assert torch.equal(snapshot.tensors[0], state(5000, 1)[1][0]), "what is open stays"
+
+
+def test_a_replica_gives_only_what_it_trusts_and_only_its_own(ranks, shm_root):
+    replica = ranks(1)
+    replica.capture(4, certified=False)
+    for owner, step in ((1, 4), (1, 8), (2, 4)):
+        source = {"rank": owner, "slot": 0, "holder": 1, "generation": 0, "shm_dir": ""}
+        (order,) = orders(3, shm_root, [replica.partner], source, step)
+        with pytest.raises(PeerUnavailable, match="no copy"):
+            fetch(job(3), order, TIMEOUT_S, lambda sock: None)

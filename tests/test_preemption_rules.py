@@ -25,7 +25,8 @@ from arc_dist.protocol.events import Committing, Died, Finished, Listed, Preempt
 from arc_dist.protocol.generations import Order, apply, directive
 from arc_dist.protocol.job import Job, JobConfig, Phase, durable, revive
 from arc_dist.protocol.leaving import Notices, Response, note, saving_s, training_s
-from arc_dist.protocol.pick import Committed, Holding, Inventory
+from arc_dist.protocol.pick import Committed
+from arc_dist.protocol.sources import Holding, Inventory
 from arc_dist.supervisor import process
 
 CONFIG = JobConfig(world_size=2)

@@ -34,7 +34,8 @@ from arc_dist.protocol.events import (
 )
 from arc_dist.protocol.generations import Order, apply, deadline_s, directive, is_behind
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
-from arc_dist.protocol.pick import Committed, Holding, Inventory, Poison, Tier
+from arc_dist.protocol.pick import Committed, Poison, Tier
+from arc_dist.protocol.sources import Holding, Inventory
 
 CONFIG = JobConfig(world_size=2)
 KILLED = Cause(kind=CauseKind.SIGNAL, signal=9)
@@ -84,10 +85,10 @@ def test_a_death_ends_the_generation_and_the_next_starts_when_nothing_of_it_is_l
     job, (ends,) = play(died(1, 0), job=RUNNING)
     assert isinstance(ends, GenerationEnds)
     assert directive(job, 0, 0).order is Order.END
-    job, _ = play(ready(1, 1), job=job)
+    job, _ = play(ready(1, 1, Holding(step=4, slot=0, certified=True, replica_key=1)), job=job)
     assert job.phase is Phase.ENDING
     assert directive(job, 1, 1).order is Order.WAIT
-    snapshot = Holding(step=5, slot=0, parting=True, replicated=True)
+    snapshot = Holding(step=5, slot=0, parting=True, replica_key=1)
     job, (over, runs) = play(ready(0, 1, snapshot), job=job)
     assert isinstance(over, GenerationOver)
     assert isinstance(runs, GenerationRuns)

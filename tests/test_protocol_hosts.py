@@ -13,7 +13,7 @@ from arc_dist.protocol.events import Died, GenerationOver, Joined, Ready
 from arc_dist.protocol.generations import apply
 from arc_dist.protocol.hosts import WINDOW_GENERATIONS, Blamed, suspect, tells_of_host, with_blamed
 from arc_dist.protocol.job import Job, JobConfig, Member, durable, revive
-from arc_dist.protocol.pick import Inventory
+from arc_dist.protocol.sources import Inventory
 
 HOSTS = ("a", "b", "c")
 KILLED = Cause(kind=CauseKind.SIGNAL, signal=9)

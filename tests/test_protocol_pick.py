@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_dist.protocol.pick import (
-    Committed,
-    Copy,
-    Holding,
-    Inventory,
-    Known,
-    Plan,
-    Poison,
-    Restored,
-    Source,
-    Tier,
-    pick,
-)
+from arc_dist.protocol.pick import Committed, Known, Plan, Poison, Restored, Tier, pick
+from arc_dist.protocol.sources import Copy, Holding, Inventory, Source
+
+KEY = 77
 
 
-def held(step: int, slot: int = 0, generation: int = 0, **flags: bool) -> Holding:
+def held(step: int, slot: int = 0, generation: int = 0, **flags: Any) -> Holding:
     return Holding(step=step, slot=slot, generation=generation, **(flags or {"certified": True}))
 
 
@@ -49,21 +41,36 @@ def test_what_is_not_certified_is_not_trusted_unless_it_is_a_parting_snapshot():
 
 
 def test_a_replica_lends_its_step_to_a_rank_on_the_same_host():
-    parting = held(12, 1, parting=True, replicated=True)
-    plan = pick(1, ranks((held(10), parting), (held(10),)), Known())
+    parting, older = held(12, 1, parting=True, replica_key=KEY), held(10, certified=True, replica_key=KEY)
+    plan = pick(1, ranks((older, parting), (older,)), Known())
     assert plan.step == 12
     assert plan.sources[1].rank == 0
     assert plan.sources[1].shm_dir == "/shm/0"
     assert "rank 1 from a peer" in plan.reason
-    # Not over hosts, and not when the ranks hold different shards.
-    assert pick(1, ranks((held(10), parting), (held(10),), hosts="ab"), Known()).step == 10
+    # Not over hosts (where nothing is exchanged), and not when the ranks hold different shards, or nobody knows which.
+    assert pick(1, ranks((older, parting), (older,), hosts="ab"), Known()).step == 10
+    other = held(10, certified=True, replica_key=KEY + 1)
+    assert pick(1, ranks((older, parting), (other,)), Known()).step == 10
+    assert pick(1, ranks((held(10), parting), (held(10),)), Known()).step == 10
     sharded = held(12, 1, parting=True)
     assert pick(1, ranks((held(10), sharded), (held(10),)), Known()).step == 10
+    assert pick(1, ranks((older, parting), ()), Known()).tier is Tier.NONE
+
+
+def test_under_hsdp_each_shard_has_replicas_of_its_own():
+    shards = [KEY, KEY + 1, KEY, KEY + 1]
+    old = [held(10, certified=True, replica_key=key) for key in shards]
+    new = [held(12, 1, parting=True, replica_key=key) for key in shards]
+    plan = pick(1, ranks((old[0], new[0]), (old[1], new[1]), (old[2], new[2]), (old[3],)), Known())
+    assert (plan.step, [source.rank for source in plan.sources.values()]) == (12, [0, 1, 2, 1])
+    plan = pick(1, ranks((old[0], new[0]), (old[1],), (old[2], new[2]), (old[3],)), Known())
+    assert (plan.step, plan.refused[0].reason) == (10, "not held for ranks 1, 3")
 
 
 def test_lending_is_spread_over_the_peers():
-    lender = held(12, replicated=True, certified=True)
-    plan = pick(1, ranks((lender,), (lender,), (), ()), Known())
+    lender = held(12, replica_key=KEY, certified=True)
+    older = held(10, certified=True, replica_key=KEY)
+    plan = pick(1, ranks((lender,), (lender,), (older,), (older,)), Known())
     assert {plan.sources[2].rank, plan.sources[3].rank} == {0, 1}
 
 
@@ -194,13 +201,62 @@ def test_a_holder_on_the_same_host_is_asked_first():
 
 
 def test_a_replica_is_of_no_use_to_a_rank_that_has_lost_what_it_alone_knew():
-    parting, older = held(12, 1, parting=True, replicated=True), held(10, certified=True, replicated=True)
+    parting, older = held(12, 1, parting=True, replica_key=KEY), held(10, certified=True, replica_key=KEY)
     known = copies(ranks((parting, older), ()), 0, (1, older))
     known[1] = dataclasses.replace(known[1], recorded=frozenset({12}))
     assert (pick(1, known, Known()).step, pick(1, known, Known()).sources[1].rank) == (12, 0)
     known[1] = dataclasses.replace(known[1], recorded=frozenset())
     plan = pick(1, known, Known())
     assert (plan.step, plan.sources[1].holder) == (10, 0)
+
+
+def exchanging(inventories: dict[int, Inventory], **recorded: set[int]) -> dict[int, Inventory]:
+    """All supervisors take part; `r<rank>` names what a rank recorded."""
+    return {
+        rank: dataclasses.replace(i, recorded=frozenset(recorded.get(f"r{rank}", ())))
+        for rank, i in inventories.items()
+    }
+
+
+def notes(inventories: dict[int, Inventory], keeper: int, *of: tuple[int, Holding]) -> dict[int, Inventory]:
+    entries = tuple(Copy(owner=owner, holding=holding) for owner, holding in of)
+    return {**inventories, keeper: dataclasses.replace(inventories[keeper], notes=entries)}
+
+
+def test_a_replica_on_another_host_gives_its_snapshot_over_the_network():
+    parting, older = held(12, 1, 3, parting=True, replica_key=KEY), held(10, certified=True, replica_key=KEY)
+    known = exchanging(ranks((older, parting), (older,), hosts="ab"), r1={12})
+    plan = pick(4, known, Known())
+    assert (plan.step, plan.sources[1]) == (12, Source(rank=0, shm_dir="/shm/0", slot=1, holder=0, generation=3))
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    known[1] = dataclasses.replace(known[1], distrusted=frozenset({0}))
+    assert pick(4, known, Known()).step == 10
+    assert pick(4, exchanging(ranks((older, parting), (older,), hosts="ab"), r1={11}), Known()).step == 10
+    # The record says whose replica it is where no snapshot is left.
+    known = exchanging(ranks((older, parting), (), hosts="ab"), r1={12})
+    assert pick(4, known, Known()).tier is Tier.NONE
+    known[1] = dataclasses.replace(known[1], replica_key=KEY)
+    assert pick(4, known, Known()).sources[1].rank == 0
+
+
+def test_a_rank_that_has_lost_everything_takes_a_replica_and_a_note():
+    snapshot, note = held(10, 1, certified=True, replica_key=KEY), held(10, 0, certified=True, replica_key=KEY)
+    known = notes(exchanging(ranks((snapshot,), (snapshot,), ())), 1, (2, note))
+    plan = pick(1, known, Known())
+    # A near replica, as all are on one host; 2 % 2 givers.
+    assert plan.sources[2] == Source(rank=0, shm_dir="/shm/0", slot=1, noted_by=1, noted_in=0)
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    far = notes(exchanging(ranks((snapshot,), (snapshot,), (), hosts="abc")), 1, (2, note))
+    assert pick(1, far, Known()).sources[2].holder == 0
+    for useless in (
+        dataclasses.replace(note, replica_key=KEY + 1),
+        dataclasses.replace(note, replica_key=0),
+        dataclasses.replace(note, step=8),
+        dataclasses.replace(note, certified=False),
+    ):
+        assert pick(1, notes(known, 1, (2, useless)), Known()).tier is Tier.NONE
+    known[2] = dataclasses.replace(known[2], distrusted=frozenset({1}))
+    assert pick(1, known, Known()).tier is Tier.NONE
 
 
 def test_memory_that_is_older_than_a_forgotten_checkpoint_is_not_the_newest():
@@ -221,7 +277,7 @@ holdings = st.builds(
     generation=st.integers(0, 3),
     certified=st.booleans(),
     parting=st.booleans(),
-    replicated=st.booleans(),
+    replica_key=st.integers(0, 2),
 )
 few_ranks = st.frozensets(st.integers(0, 3), max_size=2)
 
@@ -236,7 +292,9 @@ def inventories_of_a_world(draw: st.DrawFn) -> dict[int, Inventory]:
             shm_dir=f"/shm/{rank}",
             holdings=tuple(entries),
             copies=draw(kept),
+            notes=draw(kept),
             distrusted=draw(few_ranks),
+            replica_key=draw(st.integers(0, 2)),
             recorded=draw(st.none() | st.frozensets(st.integers(0, 6))),
         )
         for rank, entries in enumerate(lists)
@@ -281,8 +339,9 @@ def test_law_one_more_snapshot_never_makes_the_plan_older(
     more = {**entries, rank: dataclasses.replace(inventory, holdings=(*inventory.holdings, extra))}
     assert newness(pick(4, more, known)) >= newness(pick(4, entries, known))
     copy = Copy(owner=data.draw(st.sampled_from(sorted(entries))), holding=extra)
-    more = {**entries, rank: dataclasses.replace(inventory, copies=(*inventory.copies, copy))}
-    assert newness(pick(4, more, known)) >= newness(pick(4, entries, known))
+    for kept in ("copies", "notes"):
+        more = {**entries, rank: dataclasses.replace(inventory, **{kept: (*getattr(inventory, kept), copy)})}
+        assert newness(pick(4, more, known)) >= newness(pick(4, entries, known))
 
 
 @settings(max_examples=400)
@@ -294,9 +353,12 @@ def test_law_neither_order_nor_repetition_matters(entries: dict[int, Inventory],
     for rank in order:
         twice = list(entries[rank].holdings) * 2
         random.shuffle(twice)
-        kept = list(entries[rank].copies) * 2
+        kept, noted = list(entries[rank].copies) * 2, list(entries[rank].notes) * 2
         random.shuffle(kept)
-        shuffled[rank] = dataclasses.replace(entries[rank], holdings=tuple(twice), copies=tuple(kept))
+        random.shuffle(noted)
+        shuffled[rank] = dataclasses.replace(
+            entries[rank], holdings=tuple(twice), copies=tuple(kept), notes=tuple(noted)
+        )
     assert pick(4, shuffled, known) == pick(4, entries, known)
 
 
@@ -307,10 +369,10 @@ def test_law_the_plan_is_sound(entries: dict[int, Inventory], known: Known):
     if plan.tier is Tier.MEMORY:
         assert set(plan.sources) == set(entries)
         for rank, source in plan.sources.items():
+            mine = entries[rank]
             offered = list(entries[source.rank].holdings)
-            if source.holder is not None:
-                assert source.rank == rank
-                assert source.holder not in entries[rank].distrusted
+            assert not {source.holder, source.noted_by} & mine.distrusted
+            if source.holder is not None and source.rank == rank:
                 offered = [copy.holding for copy in entries[source.holder].copies if copy.owner == rank]
             usable = [
                 holding
@@ -320,10 +382,23 @@ def test_law_the_plan_is_sound(entries: dict[int, Inventory], known: Known):
                 if known.refusal(holding.step, holding.generation, in_memory=True) is None
             ]
             assert usable
-            if source.rank != rank:
-                assert entries[rank].host == entries[source.rank].host
-                recorded = entries[rank].recorded
-                assert recorded is None or plan.step in recorded
+            if source.rank != rank:  # a replica's
+                if source.holder is None:
+                    assert mine.host == entries[source.rank].host
+                else:
+                    assert source.holder == source.rank
+                    assert mine.recorded is not None
+                    assert entries[source.rank].recorded is not None
+                keys = {mine.replica_key, *(holding.replica_key for holding in mine.holdings)}
+                for other in entries.values():
+                    keys |= {c.holding.replica_key for c in (*other.copies, *other.notes) if c.owner == rank}
+                if source.noted_by is None:
+                    assert mine.recorded is None or plan.step in mine.recorded
+                else:
+                    told = [copy for copy in entries[source.noted_by].notes if copy.owner == rank]
+                    steps = {(plan.step, source.noted_in)}
+                    keys = {c.holding.replica_key for c in told if (c.holding.step, c.holding.generation) in steps}
+                assert keys & {holding.replica_key for holding in usable} - {0}
     assert all(refusal.step > newness(plan) for refusal in plan.refused)
     assert len(plan.refused) <= 8
 

@@ -10,7 +10,7 @@ import pytest
 
 from arc_dist.errors import ExitCode
 from arc_dist.protocol import commit as commits
-from arc_dist.protocol import generations, job, pick
+from arc_dist.protocol import generations, job, pick, sources
 from arc_dist.protocol.events import Died, JobOver, Joined, Ready
 from arc_dist.protocol.job import Phase
 from job_model import Model, Options, Violation, done_everywhere
@@ -110,7 +110,7 @@ def _concludes_at_the_second_death(patch: pytest.MonkeyPatch) -> None:
 
 
 def _uncertified_is_trusted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pick.Holding, "trusted", True)
+    patch.setattr(sources.Holding, "trusted", True)
 
 
 def _abandoned_returns(patch: pytest.MonkeyPatch) -> None:
@@ -126,12 +126,11 @@ def _poison_does_not_reach_saves(patch: pytest.MonkeyPatch) -> None:
 
 
 def _oldest_first(patch: pytest.MonkeyPatch) -> None:
-    honest = pick._trusted_in_memory
-    patch.setattr(pick, "_trusted_in_memory", lambda *args, **named: reversed(list(honest(*args, **named))))
+    patch.setattr(pick, "sorted", lambda items, key=None, reverse=False: sorted(items, key=key), raising=False)
 
 
 def _shards_are_mixed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pick.Holding, "replicated", property(lambda self: True, lambda self, value: None))
+    patch.setattr(sources.Holding, "replica_key", property(lambda self: 1, lambda self, value: None))
 
 
 def _memory_of_the_dead_counts(patch: pytest.MonkeyPatch) -> None:

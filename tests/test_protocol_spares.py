@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_dist.protocol.job import Job, Member, Phase
-from arc_dist.protocol.pick import Inventory
+from arc_dist.protocol.sources import Inventory
 from arc_dist.protocol.spares import assign, due_s, lost_ranks
 
 

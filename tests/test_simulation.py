@@ -29,11 +29,11 @@ STORIES = sorted(stories.DIRECTORY.glob("*.txt"))
 def options_of(seed: int) -> Options:
     """Mostly up to 8 ranks, sometimes up to 64."""
     num_ranks = 2 + seed % 7 if seed % 100 else 16 + seed // 100 % 49
-    return Options(num_ranks=num_ranks, num_faults=4 + seed % 9, replicated=seed % 2 == 0)
+    return Options(num_ranks=num_ranks, num_faults=4 + seed % 9, shards=seed % 3)
 
 
 def large(seed: int) -> Options:
-    return Options(num_ranks=1000, ranks_per_node=8, num_faults=6, replicated=seed % 2 == 0)
+    return Options(num_ranks=1000, ranks_per_node=8, num_faults=6, shards=seed % 3)
 
 
 def play_all(seeds: Iterable[tuple[int, Options]]) -> collections.Counter[str]:
@@ -105,7 +105,7 @@ def test_a_seed_is_one_history_whatever_python_hashes(tmp_path: Path):
         "from arc_dist.testing.job import Options\n"
         "from arc_dist.testing.simulation import simulate\n"
         "for seed in (3, 4, 5):\n"
-        "    print(simulate(seed, Options(num_ranks=5, num_faults=12, replicated=seed % 2 == 0)).digest)\n"
+        "    print(simulate(seed, Options(num_ranks=5, num_faults=12, shards=seed % 3)).digest)\n"
     )
     told = set()
     for hash_seed in ("1", "2"):

@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy:
-    """What to train and how. `kind` is "single", "ddp" or "fsdp"."""
+    """What to train and how. `kind` is "single", "ddp", "fsdp" or "hsdp" (replicas of two shards)."""
 
     kind: str = "single"
     clip: float | None = 1.0
@@ -79,6 +79,10 @@ class Toy:
     width: int = 33
     poison: int | None = None  # the sample that cannot be read
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.kind in ("fsdp", "hsdp")
+
 
 def build_model(toy: Toy) -> nn.Module:
     torch.manual_seed(3)
@@ -89,8 +93,12 @@ def build_model(toy: Toy) -> nn.Module:
     torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))  # dropout differs between ranks
     if toy.kind == "ddp":
         return DistributedDataParallel(model)
-    if toy.kind == "fsdp":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if toy.is_sharded:
+        size = dist.get_world_size()
+        if toy.kind == "fsdp":
+            mesh = init_device_mesh("cpu", (size,))
+        else:
+            mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
         for layer in (model.first, model.second, model.last):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -141,7 +149,7 @@ def plain(toy: Toy) -> tuple[str, list[float]]:
         micro_losses = []
         for i in range(toy.accumulate):
             last = i == toy.accumulate - 1
-            if toy.kind == "fsdp":
+            if toy.is_sharded:
                 model.set_requires_gradient_sync(last)
                 model.set_is_last_backward(last)
             with model.no_sync() if toy.kind == "ddp" and not last else contextlib.nullcontext():

@@ -96,7 +96,7 @@ _HOLDING = (
     _integer("generation", "that saved it", required=False),
     Field(name="certified", kind=Kind.BOOLEAN, about="trusted", required=False),
     Field(name="parting", kind=Kind.BOOLEAN, about="written after a peer was lost", required=False),
-    Field(name="replicated", kind=Kind.BOOLEAN, about="stands for every rank of the host", required=False),
+    _integer("replica_key", "stands in for those of ranks with the same key; 0 for none", required=False),
     _integer("nbytes", "its size", required=False),
 )
 _PEER = (
@@ -111,6 +111,13 @@ _PEER = (
         about="copies that it keeps",
         required=False,
         inside=(_integer("owner", "whose snapshot it is"), *_HOLDING),
+    ),
+    Field(
+        name="notes",
+        kind=Kind.OBJECTS,
+        about="notes that it keeps: what only the owner knew at a snapshot",
+        required=False,
+        inside=(_integer("owner", "whose note it is"), *_HOLDING),
     ),
 )
 _LISTED = (

@@ -13,7 +13,8 @@ from arc_dist.coordinator.records import read_holding
 from arc_dist.coordinator.wire import Fields
 from arc_dist.errors import ConfigError
 from arc_dist.protocol.partners import AUTO, partners
-from arc_dist.protocol.pick import Copy, Inventory, Plan
+from arc_dist.protocol.pick import Plan
+from arc_dist.protocol.sources import Copy, Inventory
 
 _MAX_COPIES = 4096
 _MAX_PORT = 65535
@@ -39,15 +40,15 @@ class PeerDesk:
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._peers: dict[int, Peer] = {}
-        self._table: tuple[tuple[tuple[int, ...], ...], dict[int, list[int]]] | None = None
+        self._tables: tuple[_Table, _Table] | None = None  # of copies, and of notes
 
     def take(self, rank: int, told: Mapping[str, Any] | None, inventory: Inventory) -> Inventory:
-        """Notes what a rank said of itself, and returns its inventory with the copies that it keeps.
+        """Remembers what a rank said of itself, and returns its inventory with the copies and notes that it keeps.
 
         Raises:
             ConfigError: it cannot be understood.
         """
-        self._table = None
+        self._tables = None
         if not told:
             self._peers.pop(rank, None)
             return inventory
@@ -61,40 +62,63 @@ class PeerDesk:
         )
         if peer.port > _MAX_PORT:
             raise ConfigError(f"ready: there is no port {peer.port}")
-        copies: list[Copy] = []
-        for entry in fields.mappings("held", max_items=_MAX_COPIES):
-            owner = Fields("ready", entry).integer("owner")
-            if owner < self._world_size:
-                copies.append(Copy(owner=owner, holding=read_holding(entry)))
         self._peers[rank] = peer
         return dataclasses.replace(
             inventory,
-            copies=tuple(copies),
+            copies=self._kept(fields, "held"),
+            notes=self._kept(fields, "notes"),
             distrusted=_numbers(told, "distrusted") or frozenset(),
             recorded=_numbers(told, "recorded"),
+            replica_key=fields.integer("replica_key", default=0),
         )
 
+    def _kept(self, fields: Fields, name: str) -> tuple[Copy, ...]:
+        kept: list[Copy] = []
+        for entry in fields.mappings(name, max_items=_MAX_COPIES):
+            owner = Fields("ready", entry).integer("owner")
+            if owner < self._world_size:
+                kept.append(Copy(owner=owner, holding=read_holding(entry)))
+        return tuple(kept)
+
     def directions(self, rank: int, plan: Plan) -> dict[str, Any]:
-        """What a rank that runs a plan needs: who keeps its copies, whose it keeps, and where to fetch its state."""
+        """What a rank that runs a plan needs: who keeps its copies and notes, whose it keeps, and who has its state."""
+        answer: dict[str, Any] = {"partners": [], "owners": [], "keepers": [], "noted": [], "holders": []}
         source = plan.sources.get(rank)
-        holder = self._peers.get(source.holder) if source is not None and source.holder is not None else None
-        answer: dict[str, Any] = {"partners": [], "owners": [], "holder": None}
-        if source is not None and source.holder is not None and holder is not None:
-            answer["holder"] = holder.address(source.holder)
+        for holder in () if source is None else (source.holder, source.noted_by):
+            if holder is not None and holder in self._peers:
+                answer["holders"].append(self._peers[holder].address(holder))
         if len(self._peers) < self._world_size:
             return answer  # some supervisor takes no part, and nobody knows its domain
-        if self._table is None:
+        if self._tables is None:
             peers = [self._peers[other] for other in range(self._world_size)]
-            table = partners([peer.domain for peer in peers], [(peer.copies, peer.distance) for peer in peers])
-            owners: dict[int, list[int]] = {}
-            for owner, chosen in enumerate(table):
-                for other in chosen:
-                    owners.setdefault(other, []).append(owner)
-            self._table = table, owners
-        table, owners = self._table
-        answer["partners"] = [self._peers[other].address(other) for other in table[rank]]
-        answer["owners"] = owners.get(rank, [])
+            domains = [peer.domain for peer in peers]
+            self._tables = (
+                _Table.of(partners(domains, [(peer.copies, peer.distance) for peer in peers])),
+                # Notes are a few kilobytes: who wants no copies has them all the same.
+                _Table.of(partners(domains, [(peer.copies or AUTO, peer.distance) for peer in peers])),
+            )
+        copies, notes = self._tables
+        answer["partners"] = [self._peers[other].address(other) for other in copies.keepers[rank]]
+        answer["owners"] = copies.owners.get(rank, [])
+        answer["keepers"] = [self._peers[other].address(other) for other in notes.keepers[rank]]
+        answer["noted"] = notes.owners.get(rank, [])
         return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Who keeps each rank's, and whose each rank keeps."""
+
+    keepers: tuple[tuple[int, ...], ...]
+    owners: dict[int, list[int]]
+
+    @staticmethod
+    def of(keepers: tuple[tuple[int, ...], ...]) -> _Table:
+        owners: dict[int, list[int]] = {}
+        for owner, chosen in enumerate(keepers):
+            for other in chosen:
+                owners.setdefault(other, []).append(owner)
+        return _Table(keepers, owners)
 
 
 def _numbers(told: Mapping[str, Any], name: str) -> frozenset[int] | None:

@@ -15,7 +15,8 @@ from arc_dist.errors import ConfigError
 from arc_dist.protocol.budgets import Cause
 from arc_dist.protocol.events import Listed
 from arc_dist.protocol.job import Job, Member
-from arc_dist.protocol.pick import Committed, Holding
+from arc_dist.protocol.pick import Committed
+from arc_dist.protocol.sources import Holding
 
 INCIDENTS_NAME = "incidents.jsonl"
 _MAX_LINE_BYTES = 1 << 20
@@ -57,7 +58,7 @@ def read_holding(entry: Mapping[str, Any]) -> Holding:
         generation=fields.integer("generation", default=0),
         certified=fields.boolean("certified", default=False),
         parting=fields.boolean("parting", default=False),
-        replicated=fields.boolean("replicated", default=False),
+        replica_key=fields.integer("replica_key", default=0),
         nbytes=fields.integer("nbytes", default=0),
     )
 

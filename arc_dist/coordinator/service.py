@@ -61,8 +61,9 @@ from arc_dist.protocol.events import (
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
-from arc_dist.protocol.pick import Inventory, Poison
+from arc_dist.protocol.pick import Poison
 from arc_dist.protocol.pulse import PulseRules
+from arc_dist.protocol.sources import Inventory
 
 logger = logging.getLogger("arc_dist.coordinator")
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from arc_dist.peers.shelf import Shelf, directories
+from arc_dist.peers.shelf import Goods, Shelf, directories
 from arc_dist.snapshot import layout
 from arc_dist.snapshot.directory import owned_directories, remove_directory
 from arc_dist.snapshot.inheritance import Signature, is_awaited
@@ -78,8 +78,10 @@ def adopt(root: Path, own: Path, shelf: Shelf, signature: Signature, place: Plac
 
 
 def _move(path: Path, own: Path, shelf: Shelf, owner: int, *, is_own: bool) -> None:
-    for other, copies in directories(path):
-        copies.rename(shelf.free_directory(other))
+    for goods in Goods:
+        to = Shelf(own, goods)
+        for other, kept in directories(path, goods):
+            kept.rename(to.free_directory(other))
     if is_own and not layout.slot_files(own):
         target = own
     else:  # another rank's, or a second one of this rank: a start that died in the middle of this

@@ -64,6 +64,31 @@ class Image:
         """What is sent."""
         return [self.body, self.base] if with_base and self.header.base else [self.body]
 
+    def note(self) -> Image:
+        """What only the rank itself knows of the snapshot, as an image of a slot without tensors.
+
+        Raises:
+            SlotDamaged: the slot was overwritten while it was read.
+        """
+        start = self.header.small_offset - layout.PAGE_BYTES
+        body = memoryview(bytes(self.body[start : start + self.header.small_bytes]))
+        if not self.is_unchanged():
+            raise SlotDamaged(f"the snapshot of step {self.header.step} was overwritten while it was read")
+        header = dataclasses.replace(
+            self.header,
+            tensor_bytes=0,
+            table_offset=layout.PAGE_BYTES,
+            table_bytes=0,
+            table_crc=0,
+            small_offset=layout.PAGE_BYTES,
+            file_bytes=layout.PAGE_BYTES + len(body),
+            base=0,
+            base_bytes=0,
+        )
+        page = memoryview(bytearray(layout.PAGE_BYTES))
+        layout.seal(page, header)
+        return Image(header=header, body=body, base=memoryview(b""), page=page)
+
     def facts(self) -> Facts:
         """The digests of what it holds; reads all of it."""
         return Facts(

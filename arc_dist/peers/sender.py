@@ -18,6 +18,7 @@ from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.peers.channel import Abandoned, PeerUnavailable, connect
 from arc_dist.peers.image import Facts, Image, digest
 from arc_dist.peers.server import Job
+from arc_dist.peers.shelf import Goods
 from arc_dist.snapshot import layout
 from arc_dist.snapshot.layout import SlotDamaged, SlotInfo
 from arc_dist.telemetry.log import logger
@@ -25,6 +26,7 @@ from arc_dist.telemetry.log import logger
 _LOOK_EVERY_S = 0.2
 _RETRY_S = 1.0
 _RETRY_MAX_S = 30.0
+_WORDS = {Goods.COPY: "copy", Goods.NOTE: "note"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,8 @@ class CopySender:
         job: of this supervisor.
         shm_dir: of this rank.
         max_bytes_per_s: bound on the rate, over all partners; None for none.
-        replicated_too: send also what every rank has (plain DDP). Its replicas are copies of each other, apart from
-            what each knows alone, such as its random state.
+        replicated_too: copy also what every rank has (plain DDP). Its replicas are copies of each other, apart from
+            what each knows alone, such as its random state; notes of that are sent in any case.
         record: takes an incident, when copies stop arriving; must not raise.
         timeout_s: for each wait.
 
@@ -83,19 +85,22 @@ class CopySender:
         self._record = record
         self._timeout_s = timeout_s
         self._guard = threading.Lock()
-        self._partners: tuple[Partner, ...] = ()
         self._generation = 0
         self._is_on = False
-        self._standing: dict[Partner, _Standing] = {}
+        self._standing: dict[tuple[Goods, Partner], _Standing] = {}
         self._base_digests: dict[tuple[int, int], str] = {}
         self._closing = threading.Event()
         threading.Thread(target=self._run, name="arc-copies", daemon=True).start()
 
-    def begin(self, generation: int, partners: Sequence[Partner]) -> None:
-        """From now on snapshots go to these partners, in the name of a generation."""
+    def begin(self, generation: int, partners: Sequence[Partner], keepers: Sequence[Partner] = ()) -> None:
+        """From now on snapshots go to these partners, and notes to these keepers, in the name of a generation.
+
+        Notes come first: they are small, and copies of large snapshots may take long.
+        """
+        wanted = [(Goods.NOTE, keeper) for keeper in keepers] + [(Goods.COPY, partner) for partner in partners]
         with self._guard:
-            self._generation, self._partners, self._is_on = generation, tuple(partners), True
-            self._standing = {partner: self._standing.get(partner, _Standing()) for partner in partners}
+            self._generation, self._is_on = generation, True
+            self._standing = {each: self._standing.get(each, _Standing()) for each in wanted}
 
     def pause(self) -> None:
         """Begins no new transfer, and gives up the present one, until `begin`."""
@@ -109,48 +114,56 @@ class CopySender:
     def sent(self) -> Mapping[int, int]:
         """By partner's rank, the step of the last snapshot that it took."""
         with self._guard:
-            return {p.rank: standing.sent.step for p, standing in self._standing.items() if standing.sent is not None}
+            return {
+                partner.rank: standing.sent.step
+                for (goods, partner), standing in self._standing.items()
+                if goods is Goods.COPY and standing.sent is not None
+            }
 
     def _run(self) -> None:
         while not self._closing.wait(_LOOK_EVERY_S):
             with self._guard:
                 todo = list(self._standing.items()) if self._is_on else []
-            for partner, standing in todo:
-                newest = self._newest()
+            for (goods, partner), standing in todo:
+                newest = self._newest(goods)
                 if newest is None or not self._is_on or time.monotonic() < standing.retry_at:
                     continue
                 try:
-                    self._catch_up(partner, standing, newest)
+                    self._catch_up(goods, partner, standing, newest)
                 except (PeerUnavailable, OSError, ValueError, KeyError) as error:
-                    self._failed(partner, standing, newest, error)
+                    self._failed(goods, partner, standing, newest, error)
 
-    def _newest(self) -> SlotInfo | None:
-        """The newest trusted snapshot, if it is one to be sent."""
+    def _newest(self, goods: Goods) -> SlotInfo | None:
+        """The newest trusted snapshot, if it is one to be sent: notes are of use to those that have replicas."""
         held = [info for info in layout.inspect(self._shm_dir) if info.certified]
-        held = [info for info in held if self._replicated_too or not info.replicated]
+        if goods is Goods.NOTE:
+            held = [info for info in held if info.replica_key]
+        else:
+            held = [info for info in held if self._replicated_too or not info.replicated]
         return max(held, key=lambda info: info.sequence, default=None)
 
-    def _catch_up(self, partner: Partner, standing: _Standing, newest: SlotInfo) -> None:
+    def _catch_up(self, goods: Goods, partner: Partner, standing: _Standing, newest: SlotInfo) -> None:
         sent = standing.sent
         if sent is not None and (sent.sequence, sent.generation) == (newest.sequence, newest.generation):
             return
         if sent is not None and newest.step < sent.step:
-            self._drop(partner, newest.step)  # a rollback gave up what the partner still keeps
+            self._drop(goods, partner, newest.step)  # a rollback gave up what the partner still keeps
             standing.sent = None
         try:
-            self._send(partner, newest)
+            self._send(goods, partner, newest)
         except (Abandoned, SlotDamaged, FileNotFoundError):
             if self._is_on:
-                self._late(partner, standing, newest, "it was overwritten by a newer one before it had been sent")
+                self._late(goods, partner, standing, newest, "it was overwritten before it had been sent")
             return
         if standing.is_told:
-            logger.info("copies of snapshots reach %s again", partner)
+            logger.info("a %s reaches %s again", _WORDS[goods], partner)
         standing.sent, standing.failures, standing.is_told = newest, 0, False
 
-    def _send(self, partner: Partner, newest: SlotInfo) -> None:
+    def _send(self, goods: Goods, partner: Partner, newest: SlotInfo) -> None:
         image = Image.open(self._shm_dir, newest.slot)
         if image.header.sequence != newest.sequence:
             raise Abandoned
+        original, image = image, image.note() if goods is Goods.NOTE else image
         began = time.monotonic()
         base_digest = self._base_digest(image)
         request = {
@@ -163,7 +176,7 @@ class CopySender:
             partner.host, partner.port, self._job.token, timeout_s=self._timeout_s, peer=str(partner)
         )
         with sock:
-            channel.send({**self._about(), **request})
+            channel.send({**self._about(goods), **request})
             answer = channel.receive()
             if answer["have"]:
                 return
@@ -172,14 +185,14 @@ class CopySender:
             first = self.num_bytes
 
             def before_each(block: memoryview) -> None:
-                self._require_same(image)
-                self._pace.spend(len(block), lambda: self._require_same(image))
+                self._require_same(original)
+                self._pace.spend(len(block), lambda: self._require_same(original))
                 if self.num_bytes - first < len(image.body):
                     hasher.update(block)
                 self.num_bytes += len(block)
 
             channel.send_bytes(parts, before_each)
-            self._require_same(image)
+            self._require_same(original)
             facts = Facts(
                 sequence=image.header.sequence,
                 generation=image.header.generation,
@@ -189,18 +202,20 @@ class CopySender:
             )
             channel.send({"facts": dataclasses.asdict(facts)})
             channel.receive()
-        logger.debug("step %d was copied to %s in %.1f s", newest.step, partner, time.monotonic() - began)
+        took_s = time.monotonic() - began
+        logger.debug("a %s of step %d went to %s in %.1f s", _WORDS[goods], newest.step, partner, took_s)
 
-    def _drop(self, partner: Partner, above: int) -> None:
+    def _drop(self, goods: Goods, partner: Partner, above: int) -> None:
         sock, channel = connect(
             partner.host, partner.port, self._job.token, timeout_s=self._timeout_s, peer=str(partner)
         )
         with sock:
-            channel.send({**self._about(), "do": "drop", "above": above})
+            channel.send({**self._about(goods), "do": "drop", "above": above})
             channel.receive()
 
-    def _about(self) -> dict[str, object]:
-        return {"lineage": self._job.lineage, "world_size": self._job.world_size, "owner": self._job.rank}
+    def _about(self, goods: Goods) -> dict[str, object]:
+        job = self._job
+        return {"lineage": job.lineage, "world_size": job.world_size, "owner": job.rank, "goods": goods.value}
 
     def _require_same(self, image: Image) -> None:
         if not self._is_on or not image.is_unchanged():
@@ -215,23 +230,23 @@ class CopySender:
             self._base_digests = {key: digest(image.base)}
         return self._base_digests[key]
 
-    def _failed(self, partner: Partner, standing: _Standing, newest: SlotInfo, error: Exception) -> None:
+    def _failed(self, goods: Goods, partner: Partner, standing: _Standing, newest: SlotInfo, error: Exception) -> None:
         standing.failures += 1
         standing.retry_at = time.monotonic() + min(_RETRY_MAX_S, _RETRY_S * 2 ** min(standing.failures - 1, 8))
         if self._is_on:
-            self._late(partner, standing, newest, str(error))
+            self._late(goods, partner, standing, newest, str(error))
 
-    def _late(self, partner: Partner, standing: _Standing, newest: SlotInfo, why: str) -> None:
+    def _late(self, goods: Goods, partner: Partner, standing: _Standing, newest: SlotInfo, why: str) -> None:
         """Lost protection is announced: once, until a copy arrives again."""
         log = logger.debug if standing.is_told else logger.warning
-        log("no copy of step %d at %s: %s", newest.step, partner, why)
+        log("no %s of step %d at %s: %s", _WORDS[goods], newest.step, partner, why)
         if not standing.is_told:
             self._record(
                 kind="copy_late",
                 step=newest.step,
                 ranks=[self._job.rank],
                 generation=self._generation,
-                cause=f"no copy at {partner}: {why}",
+                cause=f"no {_WORDS[goods]} at {partner}: {why}",
                 action="tried again with the next snapshot",
             )
         standing.is_told = True

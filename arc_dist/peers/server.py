@@ -9,6 +9,9 @@ get      owner, step, generation                     ``{"header", facts}``, then
 drop     owner, above                                ``{"dropped"}``
 =======  ==========================================  ===============================================================
 
+What it is about is said by `goods`: copies or notes of the owner's snapshots; or, for `get` without it, the snapshots
+of this supervisor's own rank, which can stand in for a replica's.
+
 Every request also carries the job (`lineage`) and the number of its ranks; those of another are refused.
 """
 
@@ -21,12 +24,14 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from arc_dist.errors import ArcError
 from arc_dist.peers.channel import Channel, PeerUnavailable
 from arc_dist.peers.image import Facts, Image, header_of
-from arc_dist.peers.shelf import Shelf
+from arc_dist.peers.shelf import Goods, Kept, Shelf
+from arc_dist.snapshot import layout
 from arc_dist.snapshot.layout import SlotDamaged
 
 _logger = logging.getLogger(__name__)
@@ -56,17 +61,26 @@ class PeerServer:
 
     Args:
         job: who may ask.
-        shelf: where copies are.
+        directory: of this rank.
+        shelves: what is kept for others.
         host: the interface to listen on.
         generation: the one that this supervisor runs; copies sent by an older one are refused.
         timeout_s: for each wait.
     """
 
     def __init__(
-        self, job: Job, shelf: Shelf, host: str, *, generation: Callable[[], int], timeout_s: float = 30.0
+        self,
+        job: Job,
+        directory: Path,
+        shelves: Mapping[Goods, Shelf],
+        host: str,
+        *,
+        generation: Callable[[], int],
+        timeout_s: float = 30.0,
     ) -> None:
         self._job = job
-        self._shelf = shelf
+        self._directory = directory
+        self._shelves = shelves
         self._generation = generation
         self._timeout_s = timeout_s
         self._handlers = threading.BoundedSemaphore(_MAX_CONNECTIONS)
@@ -104,7 +118,8 @@ class PeerServer:
                 case "get":
                     self._get(channel, request)
                 case "drop":
-                    dropped = self._shelf.drop_above(int(request["owner"]), int(request["above"]))
+                    shelf = self._shelves[Goods(request["goods"])]
+                    dropped = shelf.drop_above(int(request["owner"]), int(request["above"]))
                     channel.send({"dropped": dropped})
                 case other:
                     raise PeerUnavailable(f"there is no request {other!r}")
@@ -129,10 +144,11 @@ class PeerServer:
                 f"fenced: a copy sent in generation {request['generation']}, this one runs {self._generation()}"
             )
         header = header_of(request["header"])
-        if self._shelf.has(owner, header):
+        shelf = self._shelves[Goods(request["goods"])]
+        if shelf.has(owner, header):
             channel.send({"have": True, "wants_base": False})
             return
-        with self._shelf.receiving(owner, header, str(request["base_digest"])) as draft:
+        with shelf.receiving(owner, header, str(request["base_digest"])) as draft:
             channel.send({"have": False, "wants_base": len(draft.parts) > 1})
             channel.receive_bytes(draft.parts)
             facts = Facts(**channel.receive()["facts"])
@@ -141,7 +157,10 @@ class PeerServer:
 
     def _get(self, channel: Channel, request: Mapping[str, Any]) -> None:
         owner, step, generation = int(request["owner"]), int(request["step"]), int(request["generation"])
-        kept = self._shelf.find(owner, step, generation)
+        if request.get("goods") is not None:
+            kept = self._shelves[Goods(request["goods"])].find(owner, step, generation)
+        else:
+            kept = self._own(owner, step, generation)
         if kept is None:
             raise PeerUnavailable(f"no copy of step {step} (generation {generation}) of rank {owner} is kept here")
         image = Image.open(kept.directory, kept.info.slot)
@@ -151,6 +170,14 @@ class PeerServer:
         if not image.is_unchanged():
             raise SlotDamaged(f"the copy of step {step} was overwritten while it was sent")
         channel.send({"whole": True})
+
+    def _own(self, owner: int, step: int, generation: int) -> Kept | None:
+        """A trusted snapshot of this supervisor's own rank."""
+        held = layout.inspect(self._directory) if owner == self._job.rank else []
+        held = [info for info in held if (info.step, info.generation) == (step, generation)]
+        trusted = [info for info in held if info.certified or info.parting]
+        newest = max(trusted, key=lambda info: info.sequence, default=None)
+        return newest and Kept(owner=owner, directory=self._directory, info=newest)
 
 
 class _Listener(socketserver.ThreadingTCPServer):

@@ -1,9 +1,11 @@
-"""The copies of other ranks' snapshots that one rank's directory in shared memory holds.
+"""The copies of other ranks' snapshots, and the notes of them, that one rank's directory in shared memory holds.
 
 ::
 
     <directory of the rank>/peer-<owner>/         what comes in: two slots, the newest whole one is never touched
     <directory of the rank>/peer-<owner>.<k>/     what was taken over from directories of an earlier life of the job
+    <directory of the rank>/note-<owner>/         as the two above, of notes: snapshots without their tensors
+    <directory of the rank>/note-<owner>.<k>/
 
 Each is laid out as a rank's own directory (`snapshot/layout.py`), so what is whole is found in the same way.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import re
 import threading
 from collections.abc import Collection, Iterator
@@ -23,9 +26,16 @@ from arc_dist.snapshot import layout, reserve
 from arc_dist.snapshot.directory import remove_directory
 from arc_dist.snapshot.layout import SlotHeader, SlotInfo
 
-_NAME = re.compile(r"peer-(\d+)(?:\.\d+)?")
+_NAME = re.compile(r"(peer|note)-(\d+)(?:\.\d+)?")
 _SLOTS = (0, 1)
 _MODE = 0o700
+
+
+class Goods(str, enum.Enum):
+    """What is kept for others; the value begins the names of directories."""
+
+    COPY = "peer"
+    NOTE = "note"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +50,9 @@ class Kept:
 class Shelf:
     """See the module's text. Safe to use from several threads; one copy of each owner comes in at a time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, goods: Goods = Goods.COPY) -> None:
         self._directory = directory
+        self._goods = goods
         self._guard = threading.Lock()
         self._busy: set[int] = set()
 
@@ -78,7 +89,7 @@ class Shelf:
                 raise PeerUnavailable(f"another snapshot of rank {owner} is being received")
             self._busy.add(owner)
         try:
-            path = self._directory / f"peer-{owner}"
+            path = self._directory / f"{self._goods.value}-{owner}"
             path.mkdir(mode=_MODE, exist_ok=True)
             yield Draft(path, self._free_slot(path), header, base=_same_base(path, base_digest) if header.base else 0)
             _remove_unused_bases(path)
@@ -98,7 +109,7 @@ class Shelf:
     def retain(self, owners: Collection[int]) -> None:
         """Removes what was taken over, and copies of ranks that others keep now. What is coming in stays."""
         with self._guard:
-            expected = {f"peer-{owner}" for owner in {*owners, *self._busy}}
+            expected = {f"{self._goods.value}-{owner}" for owner in {*owners, *self._busy}}
         for _, path in self._directories():
             if path.name not in expected:
                 remove_directory(path)
@@ -106,11 +117,12 @@ class Shelf:
     def free_directory(self, owner: int) -> Path:
         """A path at which a directory that is taken over may be put."""
         taken = {path.name for _, path in self._directories()}
-        number = next(number for number in range(len(taken) + 1) if f"peer-{owner}.{number}" not in taken)
-        return self._directory / f"peer-{owner}.{number}"
+        stem = f"{self._goods.value}-{owner}"
+        number = next(number for number in range(len(taken) + 1) if f"{stem}.{number}" not in taken)
+        return self._directory / f"{stem}.{number}"
 
     def _directories(self) -> list[tuple[int, Path]]:
-        return directories(self._directory)
+        return directories(self._directory, self._goods)
 
     def _free_slot(self, path: Path) -> int:
         whole = {info.slot: info for info in layout.inspect(path) if info.certified}
@@ -119,13 +131,14 @@ class Shelf:
         return min(free, key=lambda slot: slot in whole)
 
 
-def directories(rank_directory: Path) -> list[tuple[int, Path]]:
-    """(owner, path) of the copies in a rank's directory; none when it is gone."""
+def directories(rank_directory: Path, goods: Goods = Goods.COPY) -> list[tuple[int, Path]]:
+    """(owner, path) of the copies or notes in a rank's directory; none when it is gone."""
     try:
         entries = sorted(rank_directory.iterdir())
     except FileNotFoundError:
         return []
-    return [(int(match[1]), path) for path in entries if (match := _NAME.fullmatch(path.name))]
+    found = [(match, path) for path in entries if (match := _NAME.fullmatch(path.name))]
+    return [(int(match[2]), path) for match, path in found if match[1] == goods.value]
 
 
 def _same_base(path: Path, base_digest: str) -> int:

@@ -10,8 +10,9 @@ import dataclasses
 
 from arc_dist.protocol.budgets import Death, Judgement
 from arc_dist.protocol.job import Member, Stop
-from arc_dist.protocol.pick import Committed, Inventory, Plan, Poison
+from arc_dist.protocol.pick import Committed, Plan, Poison
 from arc_dist.protocol.pulse import Survivors
+from arc_dist.protocol.sources import Inventory
 
 # ---- events: what is heard -------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from arc_dist.protocol.budgets import BudgetPolicy, Cause, Death, Ledger
 from arc_dist.protocol.hosts import Blamed
-from arc_dist.protocol.pick import Committed, Inventory, Known, Plan, Poison, Restored, newest_committed
+from arc_dist.protocol.pick import Committed, Known, Plan, Poison, Restored, newest_committed
 from arc_dist.protocol.pulse import Survivors
+from arc_dist.protocol.sources import Inventory
 
 
 class Phase(enum.Enum):

@@ -1,8 +1,8 @@
 """The step that all ranks restore, and where each rank finds it.
 
 **Whole.** A step is whole in memory when every rank has a source of it: a snapshot in its own memory; where the ranks
-are replicas (plain DDP), that of a peer on the same host; or a copy of its own snapshot that another supervisor keeps
-(`partners`). It is whole on disk when its checkpoint is committed. Half a step is never used.
+are replicas (DDP, HSDP), that of one of its replicas; or a copy of its own snapshot that another supervisor keeps
+(`sources`). It is whole on disk when its checkpoint is committed. Half a step is never used.
 
 **Trusted.** A snapshot counts when it is certified, or when it is a *parting* snapshot: written by a rank that had lost
 a peer, from the last step that all ranks had voted good. A committed checkpoint counts unless it says it is not
@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from arc_dist.protocol.sources import Holding, Inventory, Offers, Source, find_sources, replica_keys
 
 PLAN_VERSION = 1
 _MAX_REFUSALS = 8  # newest first; more would only hide them
@@ -39,68 +41,6 @@ class Tier(enum.Enum):
     MEMORY = "memory"
     CHECKPOINT = "checkpoint"
     NONE = "none"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Holding:
-    """A snapshot in a rank's memory.
-
-    Attributes:
-        step: committed steps that it contains.
-        slot: where it lies in the rank's ring.
-        generation: the generation that took it.
-        certified: enough healthy verdicts followed.
-        parting: taken at the last committed step after a peer was lost.
-        replicated: all that is large in it is the same on every rank, so that it can stand in for a peer's.
-        nbytes: its size.
-    """
-
-    step: int
-    slot: int
-    generation: int = 0
-    certified: bool = False
-    parting: bool = False
-    replicated: bool = False
-    nbytes: int = 0
-
-    @property
-    def trusted(self) -> bool:
-        return self.certified or self.parting
-
-    @property
-    def preference(self) -> tuple[bool, int, bool, int]:
-        """Larger is better, among a rank's trusted copies of one step: all are the same state, some help peers too."""
-        return (self.replicated, self.generation, self.certified, -self.slot)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Copy:
-    """A snapshot of rank `owner` that another rank's supervisor, or the one that took its place, keeps whole."""
-
-    owner: int
-    holding: Holding
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inventory:
-    """What one rank's memory holds, and where that memory is.
-
-    Attributes:
-        host: ranks of one host can read each other's memory.
-        shm_dir: where the rank's own snapshots are.
-        holdings: the rank's own snapshots.
-        copies: of other ranks' snapshots.
-        distrusted: ranks from which this one could not fetch a copy.
-        recorded: steps of which the memory still has what only this rank knows, without which a peer's snapshot is of
-            no use to it; None when that was not told.
-    """
-
-    host: str
-    shm_dir: str
-    holdings: tuple[Holding, ...] = ()
-    copies: tuple[Copy, ...] = ()
-    distrusted: frozenset[int] = frozenset()
-    recorded: frozenset[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,25 +141,6 @@ class Known:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a rank finds its state: `rank`'s memory directory and the slot in it.
-
-    With a `holder` it is not there yet: that rank's supervisor keeps the copy of `generation`, and the rank's own
-    supervisor fetches it.
-    """
-
-    rank: int
-    shm_dir: str
-    slot: int
-    holder: int | None = None
-    generation: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {"rank": self.rank, "shm_dir": self.shm_dir, "slot": self.slot}
-        return fields if self.holder is None else {**fields, "holder": self.holder, "generation": self.generation}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Refusal:
     """A newer step that was not taken, and why."""
 
@@ -297,12 +218,13 @@ def pick(generation: int, inventories: Mapping[int, Inventory], known: Known) ->
     on_disk = _best_committed(known, refused)
     sources: dict[int, Source] = {}
     step: int | None = None
-    copies = _trusted_copies(inventories, known, refused)
+    offers = _in_memory(inventories, known, refused)
+    keys = replica_keys(inventories)
     floor = max(known.floor, on_disk.step if on_disk is not None else -1)
-    for candidate, holders in _trusted_in_memory(inventories, known, refused, also=copies):
+    for candidate in sorted(offers, reverse=True):
         if candidate < floor:
             break
-        found = _sources(candidate, holders, copies.get(candidate, {}), inventories)
+        found = find_sources(candidate, offers[candidate], keys, inventories)
         if len(found) == len(inventories):
             step, sources = candidate, found
             break
@@ -358,80 +280,30 @@ def _order(entry: Committed) -> tuple[int, int, str]:
     return (-entry.step, -1 if entry.generation is None else -entry.generation, entry.url)
 
 
-def _trusted_in_memory(
-    inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal], *, also: Iterable[int]
-) -> Iterator[tuple[int, dict[int, Holding]]]:
-    """Steps of which some rank has a usable snapshot, and those in `also`, newest first, with the best one per rank."""
-    by_step: dict[int, dict[int, Holding]] = {step: {} for step in also}
+def _in_memory(inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal]) -> dict[int, Offers]:
+    """What is usable in memory, by step."""
+    offers: dict[int, Offers] = {}
+
+    def take(holding: Holding, where: str) -> Offers | None:
+        why_not = known.refusal(holding.step, holding.generation, in_memory=True)
+        if why_not is None and not holding.trusted:
+            why_not = f"not certified {where}"
+        if why_not is None:
+            return offers.setdefault(holding.step, Offers())
+        refused.append(Refusal(step=holding.step, reason=why_not))
+        return None
+
     for rank, inventory in inventories.items():
         for holding in inventory.holdings:
-            why_not = known.refusal(holding.step, holding.generation, in_memory=True)
-            if why_not is None and not holding.trusted:
-                why_not = f"not certified on rank {rank}"
-            if why_not is not None:
-                refused.append(Refusal(step=holding.step, reason=why_not))
-                continue
-            holders = by_step.setdefault(holding.step, {})
-            held = holders.get(rank)
-            if held is None or holding.preference > held.preference:
-                holders[rank] = holding
-    for step in sorted(by_step, reverse=True):
-        yield step, by_step[step]
-
-
-def _trusted_copies(
-    inventories: Mapping[int, Inventory], known: Known, refused: list[Refusal]
-) -> dict[int, dict[int, dict[int, Holding]]]:
-    """Usable copies: by step, owner and holder the best one."""
-    by_step: dict[int, dict[int, dict[int, Holding]]] = {}
-    for holder, inventory in inventories.items():
+            if offer := take(holding, f"on rank {rank}"):
+                offer.snapshots.setdefault(rank, []).append(holding)
         for copy in inventory.copies:
-            held = copy.holding
-            why_not = known.refusal(held.step, held.generation, in_memory=True)
-            if why_not is None and not held.trusted:
-                why_not = f"not certified in rank {holder}'s copy of rank {copy.owner}"
-            if why_not is not None:
-                refused.append(Refusal(step=held.step, reason=why_not))
-                continue
-            by_holder = by_step.setdefault(held.step, {}).setdefault(copy.owner, {})
-            known_one = by_holder.get(holder)
-            if known_one is None or held.preference > known_one.preference:
-                by_holder[holder] = held
-    return by_step
-
-
-def _sources(
-    step: int,
-    holders: Mapping[int, Holding],
-    copies: Mapping[int, Mapping[int, Holding]],
-    inventories: Mapping[int, Inventory],
-) -> dict[int, Source]:
-    """A source for each rank that has one: its own memory before a peer's on its host, that before a copy."""
-    givers: dict[str, list[int]] = {}
-    for rank in sorted(holders):
-        if holders[rank].replicated:
-            givers.setdefault(inventories[rank].host, []).append(rank)
-    found: dict[int, Source] = {}
-    for rank in sorted(inventories):
-        mine = inventories[rank]
-        peers = [rank] if rank in holders else givers.get(mine.host)
-        if peers and (rank in holders or mine.recorded is None or step in mine.recorded):
-            giver = peers[rank % len(peers)]  # spreads the reading over the peers
-            found[rank] = Source(rank=giver, shm_dir=inventories[giver].shm_dir, slot=holders[giver].slot)
-            continue
-        by_holder = {holder: held for holder, held in copies.get(rank, {}).items() if holder not in mine.distrusted}
-        if by_holder:
-            near = [holder for holder in by_holder if inventories[holder].host == mine.host]
-            holder = min(near or by_holder)
-            held = by_holder[holder]
-            found[rank] = Source(
-                rank=rank,
-                shm_dir=mine.shm_dir,
-                slot=held.slot,
-                holder=holder,
-                generation=held.generation,
-            )
-    return found
+            if offer := take(copy.holding, f"in rank {rank}'s copy of rank {copy.owner}"):
+                offer.copies.setdefault(copy.owner, {}).setdefault(rank, []).append(copy.holding)
+        for note in inventory.notes:
+            if offer := take(note.holding, f"in rank {rank}'s note of rank {note.owner}"):
+                offer.notes.setdefault(note.owner, {}).setdefault(rank, []).append(note.holding)
+    return offers
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -41,10 +41,10 @@ from arc_dist.errors import ArcError
 
 PAGE_BYTES = 4096
 ALIGN_BYTES = 64  # of every tensor: a cache line, and more than any dtype needs
-VERSION = 2
+VERSION = 3  # 3: replica keys
 
 _MAGIC = b"ARCSLOT\x00"
-_HEADER = struct.Struct("@8s18Q")  # the words of `_Word`, after the magic
+_HEADER = struct.Struct("@8s19Q")  # the words of `_Word`, after the magic
 _SLOT_NAME = re.compile(r"slot-(\d+)\.bin")
 _BASE_NAME = re.compile(r"base-(\d+)\.bin")
 
@@ -77,7 +77,8 @@ class _Word(enum.IntEnum):
     FILE_BYTES = 15
     BASE = 16
     BASE_BYTES = 17
-    HEADER_CRC = 18
+    REPLICA_KEY = 18
+    HEADER_CRC = 19
 
 
 _FLAG_PARTING = 1
@@ -99,7 +100,8 @@ class SlotInfo:
         certified: enough healthy verdicts followed for it to be trusted.
         nbytes: bytes of the tensors that it gives back, wherever and however they are held.
         parting: written by a rank that had lost a peer, at the last committed step.
-        replicated: every tensor is the same on all ranks (plain DDP), so that a peer's copy can be used.
+        replicated: every tensor is whole on this rank, as under plain DDP.
+        replica_key: equal keys: the same parts of the same state (replicas.py); 0 where nothing promises that.
         sequence: grows with every snapshot written to the directory; the higher of two was written later.
     """
 
@@ -110,6 +112,7 @@ class SlotInfo:
     nbytes: int
     parting: bool
     replicated: bool = False
+    replica_key: int = 0
     sequence: int = 0
 
 
@@ -135,6 +138,7 @@ class SlotHeader:
     file_bytes: int
     base: int = 0
     base_bytes: int = 0
+    replica_key: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +194,7 @@ def seal(buffer: memoryview, header: SlotHeader) -> None:
         header.sequence, header.step, header.generation, flags, header.tensor_bytes,
         header.table_offset, header.table_bytes, header.table_crc,
         header.small_offset, header.small_bytes, header.small_crc, header.file_bytes,
-        header.base, header.base_bytes, 0,
+        header.base, header.base_bytes, header.replica_key, 0,
     )  # fmt: skip
     words = buffer[:PAGE_BYTES].cast("Q")
     words[_Word.HEADER_CRC] = _header_crc(buffer)
@@ -248,6 +252,7 @@ def read_header(buffer: memoryview | bytes) -> SlotHeader | None:
         file_bytes=words[_Word.FILE_BYTES],
         base=words[_Word.BASE],
         base_bytes=words[_Word.BASE_BYTES],
+        replica_key=words[_Word.REPLICA_KEY],
     )
 
 
@@ -264,6 +269,7 @@ def slot_info(slot: int, buffer: memoryview | bytes) -> SlotInfo | None:
         nbytes=header.tensor_bytes,
         parting=header.parting,
         replicated=header.replicated,
+        replica_key=header.replica_key,
         sequence=header.sequence,
     )
 

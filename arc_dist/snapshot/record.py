@@ -23,11 +23,12 @@ from arc_dist.snapshot.layout import SlotState
 from arc_dist.snapshot.rng import RngState, pack_rng
 from arc_dist.snapshot.tensors import bytes_of, tensor_of
 
-_MAGIC = int.from_bytes(b"ARCREC1\x00", "little")
-# Words of the head: magic, state, sequence, step, bytes of RNG, of the table of buffers, of the buffers, of the mark.
-_STATE, _SEQUENCE, _STEP, _RNG, _TABLE, _BUFFERS, _MARK = range(1, 8)
-_HEAD_BYTES = 64
-_LENGTHS = struct.Struct("@8Q")
+_MAGIC = int.from_bytes(b"ARCREC2\x00", "little")
+# Words of the head: magic, state, sequence, step, bytes of RNG, of the table of buffers, of the buffers, of the mark;
+# the replica key.
+_STATE, _SEQUENCE, _STEP, _RNG, _TABLE, _BUFFERS, _MARK, _KEY = range(1, 9)
+_HEAD_BYTES = 128
+_WORDS = struct.Struct("@9Q")
 _CAPACITY_BYTES = 32 << 10
 _NUM_COPIES = 2
 
@@ -54,9 +55,11 @@ class StepRecord:
 
     Args:
         directory: the rank's shared-memory directory. What an earlier process recorded there can be read.
+        replica_key: of the rank's state (replicas.py), for those who find the records.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, replica_key: int = 0) -> None:
+        self._replica_key = replica_key
         self._directory = Path(directory)
         self._copies: list[_Copy] = []
         self._sequence = 0
@@ -82,7 +85,7 @@ class StepRecord:
         packed = rng if isinstance(rng, bytes) else pack_rng(rng)
         table, data = self._pack(buffers) if buffers else (b"", b"")
         sequence = self._sequence + 1
-        copies[sequence % _NUM_COPIES].write(step, sequence, packed, table, data, mark)
+        copies[sequence % _NUM_COPIES].write(step, sequence, self._replica_key, packed, table, data, mark)
         self._sequence = sequence
 
     def read(self, step: int) -> Entry | None:
@@ -94,6 +97,11 @@ class StepRecord:
         """The recorded steps, newest record first."""
         valid = [copy for copy in self._open() if copy.is_valid()]
         return [copy.step() for copy in sorted(valid, key=_Copy.sequence, reverse=True)]
+
+    def replica_key(self) -> int:
+        """The replica key of the process that wrote the newest record; 0 without one."""
+        valid = [copy for copy in self._open() if copy.is_valid()]
+        return max(valid, key=_Copy.sequence).replica_key() if valid else 0
 
     def close(self) -> None:
         """Unmaps the files; they stay."""
@@ -119,13 +127,13 @@ class StepRecord:
         return self._copies
 
 
-def recorded_steps(directory: Path) -> list[int]:
-    """The steps that an earlier process recorded in a rank's directory."""
+def recorded_steps(directory: Path) -> tuple[list[int], int]:
+    """The steps that an earlier process recorded in a rank's directory, and that process's replica key."""
     if not (directory / "record-0.bin").exists():
-        return []  # looking must not make any
+        return [], 0  # looking must not make any
     record = StepRecord(directory)
     try:
-        return record.steps()
+        return record.steps(), record.replica_key()
     finally:
         record.close()
 
@@ -147,7 +155,9 @@ class _Copy:
             os.close(descriptor)
         self._words = self._buffer[:_HEAD_BYTES].cast("Q")
 
-    def write(self, step: int, sequence: int, rng: bytes, table: bytes, data: bytes, mark: bytes) -> None:
+    def write(
+        self, step: int, sequence: int, replica_key: int, rng: bytes, table: bytes, data: bytes, mark: bytes
+    ) -> None:
         payload = b"".join((rng, table, data, mark))
         self._words[_STATE] = SlotState.WRITING
         if _HEAD_BYTES + len(payload) > len(self._buffer):
@@ -156,7 +166,7 @@ class _Copy:
         self._buffer[_HEAD_BYTES : _HEAD_BYTES + len(payload)] = payload
         words = self._words
         lengths = (len(rng), len(table), len(data), len(mark))
-        _LENGTHS.pack_into(self._buffer, 0, _MAGIC, SlotState.WRITING, sequence, step, *lengths)
+        _WORDS.pack_into(self._buffer, 0, _MAGIC, SlotState.WRITING, sequence, step, *lengths, replica_key)
         words[_STATE] = SlotState.VALID
 
     def is_valid(self) -> bool:
@@ -170,6 +180,9 @@ class _Copy:
 
     def sequence(self) -> int:
         return self._words[_SEQUENCE]
+
+    def replica_key(self) -> int:
+        return self._words[_KEY]
 
     def read(self) -> Entry:
         words = self._words

@@ -79,6 +79,7 @@ class SnapshotRing:
         slots: number of slots; each takes as much memory as the state has bytes, or less: see `form`.
         root: the memory file system for a private directory; default: what ARC_SHM_ROOT says.
         form: how snapshots are held; not `Form.AUTO`. What an earlier process held in another form can be read.
+        replica_key: of this rank's state (replicas.py).
         rounds: with `Form.BF16`: says by name which tensors are rounded, if they are wider than 16 bit.
 
     Memory is reserved at the first capture and when the state grows (after the optimizer's first step). What the
@@ -92,6 +93,7 @@ class SnapshotRing:
         slots: int = 2,
         root: Path | None = None,
         form: Form = Form.FULL,
+        replica_key: int = 0,
         rounds: Callable[[str], bool] | None = None,
     ) -> None:
         if slots < 2:
@@ -105,6 +107,7 @@ class SnapshotRing:
         self._owned: OwnedDirectory | None = None
         self._form = form
         self._rounds = rounds
+        self.replica_key = replica_key
         self._sharing: Sharing | None = None
         self._slots: dict[int, Slot] = {}
         self._closed = False
@@ -156,7 +159,14 @@ class SnapshotRing:
             plan = sharing.place(plan, tensors, slots[chosen])
         sequence = 1 + max((info.sequence for info in infos.values() if info is not None), default=0)
         written = slots[chosen].write(
-            plan, tensors, blob, step=step, generation=generation, parting=parting, sequence=sequence
+            plan,
+            tensors,
+            blob,
+            step=step,
+            generation=generation,
+            parting=parting,
+            sequence=sequence,
+            replica_key=self.replica_key,
         )
         if sharing is not None:
             sharing.remove_unused()

@@ -257,3 +257,14 @@ def _from_jsonable(value: Any) -> Any:
     if "hex" in value:
         return float.fromhex(value["hex"])
     return {key: _from_jsonable(entry) for key, entry in value.items()}
+
+
+def same_rng(a: RngState, b: RngState) -> bool:
+    """Whether two captured points are one."""
+    return (
+        a.python == b.python
+        and a.numpy is b.numpy
+        and torch.equal(a.torch, b.torch)
+        and len(a.cuda) == len(b.cuda)
+        and all(torch.equal(mine, theirs) for mine, theirs in zip(a.cuda, b.cuda, strict=True))
+    )

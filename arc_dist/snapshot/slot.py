@@ -138,6 +138,7 @@ class Slot:
         generation: int,
         parting: bool,
         sequence: int,
+        replica_key: int = 0,
     ) -> bool:
         """Replaces what the slot holds. False when no memory is left for it; the slot is empty then."""
         if self._base is not None:
@@ -173,6 +174,7 @@ class Slot:
                 file_bytes=plan.small_offset + len(small),
                 base=plan.base.number if plan.base is not None else 0,
                 base_bytes=plan.base.nbytes if plan.base is not None else 0,
+                replica_key=replica_key,
             ),
         )
         return True
@@ -272,6 +274,19 @@ def read_peer(path: Path, number: int) -> Snapshot | None:
     plan = Plan.read(buffer, header, Bases(path.parent, private=True).of(header), str(path))
     views = plan.views(torch.frombuffer(mapping, dtype=torch.uint8))
     return Snapshot(plan.specs, views, unpack_small(layout.read_small(buffer, header)), info, buffer)
+
+
+def read_small_objects(directory: Path, number: int) -> dict[str, Any]:
+    """The small objects in a slot of which nothing else is needed: a note (peers/image.py) has no tensors.
+
+    Raises:
+        SlotDamaged: the slot is not valid.
+    """
+    buffer = memoryview(layout.slot_path(directory, number).read_bytes())
+    header = layout.read_header(buffer)
+    if header is None:
+        raise SlotDamaged(f"slot {number} of {directory} holds no valid note; another snapshot must be used")
+    return unpack_small(layout.read_small(buffer, header))
 
 
 def copy_in(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:

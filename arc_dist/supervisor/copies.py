@@ -66,18 +66,17 @@ class Restocker:
             return True
         plan: dict[str, Any] = dict(directive.get("plan") or {})
         told: dict[str, Any] = directive.get("peers") or {}
-        fetching = peers.start_fetch(plan, told.get("holder"))
+        fetching = peers.start_fetch(plan, told.get("holders") or [])
         if fetching is not None:
             self._await(fetching, generation)
             if fetching.is_cancelled:
                 return False
             self._report(fetching, generation, int(plan["step"]))
-            if fetching.slot is None:
+            if fetching.source is None:
                 cause = Cause(kind="lost", returncode=0, evidence=fetching.error).to_wire()
                 self.insist(lambda: self.client.died(rank=self.rank, generation=generation, cause=cause, step=None))
                 return False
-            own = {"rank": self.rank, "shm_dir": str(peers.directory), "slot": fetching.slot}
-            directive["plan"] = {**plan, "sources": {**plan["sources"], str(self.rank): own}}
+            directive["plan"] = {**plan, "sources": {**plan["sources"], str(self.rank): fetching.source}}
         peers.begin(generation, told)
         return True
 
@@ -92,11 +91,11 @@ class Restocker:
         fetching.seconds = time.monotonic() - began
 
     def _report(self, fetching: Fetching, generation: int, step: int) -> None:
-        arrived = fetching.slot is not None
-        where = f"the supervisor of rank {fetching.holder}"
+        arrived = fetching.source is not None
         if arrived:
-            logger.warning("step %d was fetched from %s in %.3f s", step, where, fetching.seconds)
+            logger.warning("fetched %s in %.3f s", fetching.what, fetching.seconds)
         else:
+            where = f"the supervisor of rank {fetching.holder}"
             logger.warning("step %d cannot be fetched from %s: %s", step, where, fetching.error)
         line = {
             "kind": "copy_fetched" if arrived else "copy_lost",
@@ -106,8 +105,8 @@ class Restocker:
             "generation": generation,
             "step": step,
             "holder": fetching.holder,
-            "cause": f"rank {self.rank}'s memory was lost" if arrived else fetching.error,
-            "action": "fetched from a peer" if arrived else "another source",
+            "cause": f"rank {self.rank} had lost step {step}" if arrived else fetching.error,
+            "action": f"fetched {fetching.what}" if arrived else "another source",
             "seconds": round(fetching.seconds, 4),
         }
         try:

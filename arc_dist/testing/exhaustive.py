@@ -40,7 +40,8 @@ from arc_dist.protocol.events import (
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Phase
-from arc_dist.protocol.pick import Committed, Holding, Inventory, Plan, Tier
+from arc_dist.protocol.pick import Committed, Plan, Tier
+from arc_dist.protocol.sources import Holding, Inventory
 from arc_dist.testing.world import Violation
 
 History = tuple[int, ...]  # the generation that trained each step

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from arc_dist.protocol.job import Phase
-from arc_dist.protocol.pick import Committed, Holding, Known, Plan, Tier
+from arc_dist.protocol.pick import Committed, Known, Plan, Tier
+from arc_dist.protocol.sources import Holding
 from arc_dist.testing.world import Violation
 
 History = tuple[int, ...]
@@ -49,7 +50,7 @@ class Truth:
 
     Attributes:
         world_size: number of ranks.
-        replicated: every rank holds the whole state.
+        keys: of each rank: equal ones are of replicas, 0 is nobody's.
         hosts: where each rank is.
         plans: what each generation was decided to restore.
         flushing: generations that train no more, but save what memory holds.
@@ -66,7 +67,7 @@ class Truth:
     """
 
     world_size: int
-    replicated: bool
+    keys: Mapping[int, int]
     hosts: Mapping[int, str]
     plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
     flushing: set[int] = dataclasses.field(default_factory=set)
@@ -133,7 +134,7 @@ def s3_whole(truth: Truth, plan: Plan) -> History | None:
         return _committed_state(truth, plan)
     states: set[History] = set()
     for rank, source in plan.sources.items():
-        if source.rank != rank and not truth.replicated:
+        if source.rank != rank and not (truth.keys[rank] and truth.keys[rank] == truth.keys[source.rank]):
             raise Violation(f"S3: rank {rank} would restore rank {source.rank}'s shard")
         if truth.hosts[source.rank] != truth.hosts[rank]:
             raise Violation(f"S3: rank {rank} would restore from the memory of another host")
@@ -187,9 +188,11 @@ def _newest_in_memory(truth: Truth, known: Known) -> int:
             covered = any(poison.covers(holding.step, holding.generation) for poison in known.poison)
             if not holding.trusted or covered or bad & set(held):
                 continue
-            peers = truth.on_host[truth.hosts[giver]] if truth.replicated else (giver,)
-            for rank in peers:
-                reachable[rank].add(held)
+            for rank in truth.on_host[truth.hosts[giver]]:
+                # Of a rank that has nothing left nobody knows whose replica it is.
+                is_replica = truth.keys[rank] and truth.keys[rank] == truth.keys[giver] and truth.rings[rank]
+                if rank == giver or is_replica:
+                    reachable[rank].add(held)
     return max((len(held) for held in set.intersection(*reachable.values())), default=0)
 
 

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arc_dist.checkpoint_store.format import MANIFEST_NAME, objects_name
@@ -38,7 +38,8 @@ class Options:
     Attributes:
         num_ranks: ranks of the job.
         ranks_per_node: how many share a host.
-        replicated: plain DDP, where a peer's memory can stand in, or FSDP.
+        shards: different parts of the state that there are, where replicas can stand in for each other: 1 for DDP, more
+            for HSDP; 0 for FSDP, where they cannot.
         target_step: the job is done with it.
         num_faults: how many are drawn, where none are given.
         horizon_s: faults are drawn from the start to this time.
@@ -47,7 +48,7 @@ class Options:
 
     num_ranks: int = 4
     ranks_per_node: int = 2
-    replicated: bool = False
+    shards: int = 0
     target_step: int = 14
     num_faults: int = 8
     horizon_s: float = 1.0
@@ -66,9 +67,11 @@ class SimJob:
         self.options = options
         self.world_size = options.num_ranks
         self.target_step = options.target_step
-        self.replicated = options.replicated
+        self.keys: Mapping[int, int] = {
+            rank: 1 + rank % options.shards if options.shards else 0 for rank in range(options.num_ranks)
+        }
         hosts = {rank: f"node{rank // options.ranks_per_node}" for rank in range(options.num_ranks)}
-        self.truth = Truth(world_size=options.num_ranks, replicated=options.replicated, hosts=hosts)
+        self.truth = Truth(world_size=options.num_ranks, keys=self.keys, hosts=hosts)
         self.network = Network(world)
         self.disks = [Disk("fast"), Disk("slow"), Disk("journal")]
         self.tiers: Sequence[Disk] = self.disks[:2]

@@ -7,12 +7,12 @@ process group: by a broken connection at once, by a time-out later.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from arc_dist.coordinator.client import Methods
 from arc_dist.errors import ArcError, ExitCode
-from arc_dist.protocol.pick import Holding
+from arc_dist.protocol.sources import Holding
 from arc_dist.testing import invariants, saving
 from arc_dist.testing.disks import Disk
 from arc_dist.testing.invariants import History, Ring, Truth
@@ -55,7 +55,7 @@ class Job(Protocol):
     tiers: Sequence[Disk]
     world_size: int
     target_step: int
-    replicated: bool
+    keys: Mapping[int, int]
     seats: list[Seat]
 
     def slowness(self, rank: int) -> float: ...
@@ -133,7 +133,7 @@ class Trainer:
             slot=slot,
             generation=self.generation,
             parting=parting,
-            replicated=self.job.replicated,
+            replica_key=self.job.keys[self.rank],
         )
         ring[slot] = (holding, self.history)
 
