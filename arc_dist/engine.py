@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import threading
 import time
 import uuid
@@ -488,6 +489,16 @@ class Engine:
             return
         self.started = False
         self.sections.enter(Section.DONE)
+        if not sys.is_finalizing():  # else the interpreter has stopped all threads, and to wait for one is to hang
+            self._end_threads(abort)
+        if self._status is not None:
+            self._status.write(phase=Phase.DONE, step=self.guard.step, generation=self.env.generation)
+        self.guard.monitoring.close()
+        for close in reversed(self._closers):
+            close()
+        self.voter.close()
+
+    def _end_threads(self, abort: bool) -> None:
         if self._checkpointer is not None:
             self._checkpointer.close(abort=abort)
         if self._drainer is not None:
@@ -497,12 +508,6 @@ class Engine:
         if self._recorder is not None:
             self._report_progress("finished")
             self._recorder.close()
-        if self._status is not None:
-            self._status.write(phase=Phase.DONE, step=self.guard.step, generation=self.env.generation)
-        self.guard.monitoring.close()
-        for close in reversed(self._closers):
-            close()
-        self.voter.close()
 
 
 def _is_loss_of_peer(error: BaseException) -> bool:

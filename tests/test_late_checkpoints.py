@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +47,13 @@ def test_a_checkpoint_that_was_restored_is_not_written_again(tmp_path):
         list(guarded(dataclasses.replace(toy, steps=steps), store=str(tmp_path), checkpoint_every=4).steps)
     names = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert names == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+def test_an_exception_in_the_loops_body_ends_the_process_while_a_checkpoint_waits(tmp_path):
+    """The loop is held by a name of the script, and goes when the interpreter has stopped all threads."""
+    script = str(Path(__file__).parent / "scripts" / "raises_in_body.py")
+    command = [sys.executable, script, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done
+    assert "waits" in done.stdout, "the save was not at hand"
+    assert "ValueError: the script's own bug at step" in done.stderr
