@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from arc_dist import inprocess
+from arc_dist import elastic, inprocess
 from arc_dist.checkpoint_store.tiers import Tier, parse_tiers
 from arc_dist.config import Env
 from arc_dist.engine import Engine, Resumed
@@ -141,6 +141,7 @@ class Arc:
             source = engine.open_data(loader, steps=steps, epochs=epochs, exact=exact)
             loop = GuardedLoop(engine, loss_fn, source, steps)
             engine.resume(data=source, warm_up=loop.warm_up)
+            elastic.tell_worlds(engine, source, epochs=epochs)
             yield from loop.run()
         except Exception as error:
             self.abandon(error)

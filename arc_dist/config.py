@@ -43,7 +43,7 @@ class Env:
     rendezvous: str | None = None  # ARC_RENDEZVOUS: host:port where the launcher's agents meet; set by arcrun
     spares: int = 0  # ARC_SPARES, for users: workers of the launcher that stand by instead of training
     spare_after_s: float = 15.0  # ARC_SPARE_AFTER_S, for users: patience with a silent rank before a spare replaces it
-    evict: bool = False  # ARC_EVICT, for users: 1: spares take the ranks of suspected and slow hosts at restarts
+    evict: bool = False  # ARC_EVICT, for users: 1: suspected and slow hosts are left out at restarts
     preempt_file: Path | None = None  # ARC_PREEMPT_FILE, for users: a file whose appearance is a notice
     peer_copies: int | None = None  # ARC_PEER_COPIES, for users: of each sharded snapshot; None decides by the hosts
     peer_distance: int = 1  # ARC_PEER_DISTANCE, for users: failure domains from a rank's to that of its first copy

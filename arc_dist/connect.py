@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,11 @@ from arc_dist.coordinator.client import CoordinatorClient, LocalClient
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.tls import Certificate
-from arc_dist.errors import ConfigError
+from arc_dist.errors import ArcError, ConfigError, InfrastructureError
+from arc_dist.telemetry.log import logger
+
+_RETRY_S = 0.2
+_RETRY_MAX_S = 5.0
 
 Client = CoordinatorClient | LocalClient
 
@@ -40,6 +45,27 @@ def connect(
         where = [server.address, server.token]
     address, token = gather(where, 0)[0]
     return CoordinatorClient(address, token, authority=env.tls_ca), server.close if server is not None else _nothing
+
+
+def tell_until_heard(say: Callable[[], object], is_over: Callable[[], bool]) -> None:
+    """Says something that must not be lost to a coordinator that cannot be reached now; for a thread of its own.
+
+    Args:
+        say: raises InfrastructureError as long as nobody hears it.
+        is_over: nobody needs to hear it any more.
+    """
+    pause_s = _RETRY_S
+    while not is_over():
+        time.sleep(pause_s)
+        try:
+            say()
+            return
+        except InfrastructureError as error:
+            logger.debug("the coordinator was not told: %s", error)
+        except ArcError as error:
+            logger.warning("the coordinator refuses to be told: %s", error)
+            return
+        pause_s = min(2 * pause_s, _RETRY_MAX_S)
 
 
 def _nothing() -> None:

@@ -6,12 +6,17 @@ rank that did not exist then takes those of rank r mod W, with random generators
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from arc_dist.data.world import Share
 from arc_dist.errors import CheckpointMismatch
 from arc_dist.settings import OnWorldChange, Settings
 from arc_dist.snapshot.rng import derive_rng
 from arc_dist.telemetry.log import logger
+
+if TYPE_CHECKING:
+    from arc_dist.data.source import BatchSource
+    from arc_dist.engine import Engine
 
 
 def source_rank(rank: int, saved_ranks: int) -> int:
@@ -33,6 +38,22 @@ def require_allowed(settings: Settings, *, step: int, url: str, saved_ranks: int
         "on_world_change='exact'.",
         step=step,
     )
+
+
+def tell_worlds(engine: Engine, source: BatchSource, *, epochs: int | None) -> None:
+    """Where hosts may be left out, lets the coordinator know with how many ranks this training could go on.
+
+    Args:
+        engine: started, and at the state that it goes on from.
+        source: the batches, at the same place.
+        epochs: passes over the data in the whole run; None for no bound.
+    """
+    if engine.rank != 0 or not (engine.env.supervised and engine.env.evict):
+        return
+    worlds = [engine.world_size]
+    if engine.settings.on_world_change == OnWorldChange.EXACT.value:
+        worlds = Share.from_dict(source.position()["world"], rank=0).fitting_worlds(epochs=epochs)
+    engine.tell(lambda: engine.coordinator.worlds(worlds))
 
 
 def take_over(small: dict[str, Any], *, step: int, rank: int, ranks: int, saved_ranks: int) -> dict[str, Any]:

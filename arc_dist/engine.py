@@ -6,6 +6,7 @@ Starting it communicates, so every rank must start it at the same point; constru
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from arc_dist.checkpoint_store.drain import Drainer
 from arc_dist.checkpoint_store.tiers import Tier, Tiers
 from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
-from arc_dist.connect import connect
+from arc_dist.connect import connect, tell_until_heard
 from arc_dist.data.source import ENDLESS, BatchSource
 from arc_dist.data.world import World
 from arc_dist.errors import ArcError, ConfigError, PeerLost
@@ -175,12 +176,13 @@ class Engine:
         if self._checkpointer is not None:
             self._checkpointer.forget_after(from_step - 1)
         if self.rank == 0:
-            self.tell(lambda: self.coordinator.poison(from_step, to_step, self.env.generation))
-            store = self.store
-            if store is not None:
+            say = functools.partial(self.coordinator.poison, from_step, to_step, self.env.generation)
+            if not self.tell(say):
+                threading.Thread(target=tell_until_heard, args=(say, lambda: not self.started), daemon=True).start()
+            if self.store is not None:
                 # The coordinator forgets with the job. In a thread, because storage may be slow and training goes on.
                 why = f"generation {self.env.generation} rolled back to step {from_step - 1}"
-                threading.Thread(target=store.quarantine, args=(from_step, to_step, why), daemon=True).start()
+                threading.Thread(target=self.store.quarantine, args=(from_step, to_step, why), daemon=True).start()
 
     def _pass_notice_on(self) -> None:
         """In a thread, as soon as a signal says that this job is to go: all supervisors hear of it."""
@@ -192,12 +194,14 @@ class Engine:
         if self._status is not None:
             self._status.write(phase=phase, step=self.guard.step, generation=self.env.generation)
 
-    def tell(self, say: Callable[[], object]) -> None:
-        """Tells the coordinator something; training does not stop for one that cannot be reached."""
+    def tell(self, say: Callable[[], object]) -> bool:
+        """Tells the coordinator something; training does not stop for one that cannot be reached (False)."""
         try:
             say()
         except ArcError as error:
             logger.warning("the coordinator was not told: %s", error)
+            return False
+        return True
 
     def _start_coordinator(self) -> None:
         self.coordinator, close = connect(self.env, self.voter.gather, self.rank, self.world_size)

@@ -12,6 +12,7 @@
     |   +-- PeerLost            a rank did not take part in a collective
     |   +-- CoordinatorUnavailable
     +-- Fenced                  said by a generation that is over           (do not retry)
+    |   +-- LeftOut             by a host that the job goes on without
     +-- StoreError              a checkpoint could not be written or read
         +-- StoreFull           no space or quota left in this tier
         +-- StoreDenied         permission or credentials
@@ -111,6 +112,10 @@ class CoordinatorUnavailable(InfrastructureError):
 
 class Fenced(ArcError):
     """A generation or coordinator that is over tried to commit, delete or decide."""
+
+
+class LeftOut(Fenced):
+    """The job goes on without this host, which was slow, or where ranks kept dying."""
 
 
 class StoreError(ArcError):

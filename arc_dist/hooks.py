@@ -205,13 +205,16 @@ class ScriptGuard:
         register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before(optimizer))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: self._after(optimizer))
 
-    def _renew(self) -> None:
-        """The script's function is called again: its optimizers will be others, in another generation."""
+    def abandon(self, error: BaseException) -> None:
+        """Gives up all optimizers because of `error`. Local; their guards hold process groups, which must go."""
         for ring in self._rings:
             ring.close()
         self._rings.clear()
         self._modules.clear()
         self._judges.clear()
+
+    def _renew(self) -> None:
+        """The script's function is called again: its optimizers will be others, in another generation."""
         self._env = Env.read()
         self._seen.remove()
         self._seen = nn.modules.module.register_module_forward_pre_hook(self._see_module)
@@ -236,6 +239,7 @@ class ScriptGuard:
 
     def _adopt(self, optimizer: torch.optim.Optimizer) -> OptimizerJudge:
         """Makes a guard for an optimizer at its first step. Every rank gets here at the same step."""
+        inprocess.training.add(self)
         settings, env = Settings(), self._env
         voter = Voter(timeout_s=settings.vote_timeout_s)
         set_up_logging(level=env.log_level, rank=voter.rank, world_size=voter.world_size)

@@ -54,6 +54,7 @@ class Trainer:
     first_step: int
     last_step: int
     num_steps: int = 1
+    last_at_s: float = 0.0
 
     @property
     def key(self) -> tuple[int, int]:
@@ -84,6 +85,7 @@ class Job:
         self._reader = (directory / "steps").open()
         self._rest = ""
         self._trainers: dict[tuple[int, int], Trainer] = {}
+        self.steps_s: list[float] = []  # between two steps of a rank, from its fifth on
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
         wrapper = ["-m", "arc_dist"] if arm != "torchrun" else []
         retries = [] if arm != "torchrun" else ["--max-restarts=1000"]
@@ -114,6 +116,9 @@ class Job:
             if trainer is None:
                 self._trainers[pid, generation] = Trainer(rank, pid, generation, at_ns / 1e9, step, step)
             else:
+                if trainer.num_steps >= 5:
+                    self.steps_s.append(at_ns / 1e9 - trainer.last_at_s)
+                trainer.last_at_s = at_ns / 1e9
                 trainer.last_step = max(trainer.last_step, step)
                 trainer.num_steps += 1
         return list(self._trainers.values())
@@ -137,6 +142,10 @@ class Job:
         path = self.directory / "run" / "incidents.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [line for line in lines if line["kind"] == kind]
+
+    def builds(self) -> list[float]:
+        """Seconds that each process took to build the model and to wrap it."""
+        return [float(line) for line in (self.directory / "builds").read_text().splitlines()]
 
     def end(self) -> None:
         """Ends the launcher and its workers."""
@@ -191,12 +200,18 @@ def kill_one(job: Job, rank: int, rng: random.Random, number: int = signal.SIGKI
     return Restart(seconds if settled else None, lost, killed_at, survivors_s, len(stayed))
 
 
-def measure(arm: str, kills: int, rng: random.Random, options: argparse.Namespace) -> tuple[list[Restart], list[float]]:
-    """One block: a job that is hurt `kills` times, its ranks in turn. A job that does not recover ends the block.
+@dataclasses.dataclass
+class Measured:
+    """What the blocks of one arm gave: each kill's cost, when the supervisor knew of it, and the builds; in seconds."""
 
-    Returns:
-        Each kill's cost, and the seconds from each kill to the supervisor's knowing.
-    """
+    restarts: list[Restart] = dataclasses.field(default_factory=list)
+    seen: list[float] = dataclasses.field(default_factory=list)
+    builds: list[float] = dataclasses.field(default_factory=list)
+    steps: list[float] = dataclasses.field(default_factory=list)
+
+
+def measure(arm: str, kills: int, rng: random.Random, options: argparse.Namespace, measured: Measured) -> None:
+    """One block: a job that is hurt `kills` times, its ranks in turn. A job that does not recover ends the block."""
     results: list[Restart] = []
     with running(arm, options) as job:
         for number in range(kills):
@@ -210,11 +225,15 @@ def measure(arm: str, kills: int, rng: random.Random, options: argparse.Namespac
         if options.verbose:
             print(job.output_path.read_text(errors="replace"))
         seen = [line["died_at"] for line in job.incidents("rank_died")]
-    return results, [at - restart.killed_at for restart, at in zip(results, seen, strict=False)]
+        measured.seen += [at - restart.killed_at for restart, at in zip(results, seen, strict=False)]
+        measured.builds += job.builds()
+        measured.steps += job.steps_s
+    measured.restarts += results
 
 
-def report(name: str, results: list[Restart], seen: list[float]) -> None:
-    """Prints one arm's row."""
+def report(name: str, measured: Measured) -> None:
+    """Prints one arm's rows."""
+    results, seen = measured.restarts, measured.seen
     seconds = [r.seconds for r in results if r.seconds is not None]
     lost = [r.lost_steps for r in results if r.seconds is not None]
     worst = f", worst {max(seconds):.3f} s" if seconds else ""
@@ -228,6 +247,8 @@ def report(name: str, results: list[Restart], seen: list[float]) -> None:
     if seen:
         milliseconds = [1e3 * value for value in seen]
         print(f"{name:9} death seen after {describe(milliseconds, 'ms', 1)}, worst {max(milliseconds):.1f} ms")
+    builds, steps = describe(measured.builds, "s"), describe(measured.steps, "s")
+    print(f"{name:9} in it, the script's own build of the model {builds}, and a step {steps}")
 
 
 def measure_floor(times: int) -> list[float]:
@@ -283,24 +304,20 @@ def main() -> None:
     print(f"setting: {setting()}; {job}; medians with 95 % intervals")
     wanted = {"arc": arguments.kills, "resilient": arguments.resilient_kills, "torchrun": arguments.torchrun_kills}
     floor: list[float] = []
-    results: dict[str, list[Restart]] = {arm: [] for arm in wanted}
-    seen: dict[str, list[float]] = {arm: [] for arm in wanted}
-    while any(len(results[arm]) < number for arm, number in wanted.items()):
+    results = {arm: Measured() for arm in wanted}
+    while any(len(results[arm].restarts) < number for arm, number in wanted.items()):
         floor += measure_floor(5)
         for arm, number in wanted.items():
-            missing = number - len(results[arm])
+            missing = number - len(results[arm].restarts)
             if missing > 0:
-                kills = min(missing, -(-number // arguments.blocks))
-                restarts, delays = measure(arm, kills, rng, arguments)
-                results[arm] += restarts
-                seen[arm] += delays
+                measure(arm, min(missing, -(-number // arguments.blocks)), rng, arguments, results[arm])
     for arm in (name for name, number in wanted.items() if number):
-        report(arm, results[arm], seen[arm])
+        report(arm, results[arm])
     print(f"floor     a gloo group of two destroyed and made: {describe(floor, 's')}")
     medians = {
         arm: statistics.median(seconds)
         for arm in wanted
-        if (seconds := [r.seconds for r in results[arm] if r.seconds is not None])
+        if (seconds := [r.seconds for r in results[arm].restarts if r.seconds is not None])
     }
     for name, base in (("torchrun", "arc"), ("resilient", "arc")):
         if name in medians and base in medians:

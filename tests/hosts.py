@@ -9,14 +9,19 @@ What torchrun would do is done here, as in jobs.py: environment, the agent's sto
         hosts.lose("b")                             # SIGKILL for all of it, and its memory is gone
         hosts.start({2: "c", 3: "c"})
         assert hosts.wait(300) == {0: 0, 1: 0, 2: 0, 3: 0}
+
+With `named` each host has a name of its own, too, by which our code tells hosts apart, and is a node of a launcher,
+which is lost when it is not heard. That needs root.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -29,19 +34,30 @@ from arc_dist.peers.shelf import Shelf
 from arc_dist.snapshot.directory import owned_directories
 from arc_dist.snapshot.inheritance import Signature
 
+_CLONE_NEWUTS = 0x04000000
+
 
 class Hosts:
     """A job whose ranks are started by hand; use it in a `with` statement."""
 
     def __init__(
-        self, directory: Path, shm: Path, script: str, argument: Mapping[str, Any], env: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        shm: Path,
+        script: str,
+        argument: Mapping[str, Any],
+        env: Mapping[str, str] | None = None,
+        *,
+        named: bool = False,
     ) -> None:
         self.directory = directory
         self.shm = shm
         self._command = ["-m", "arc_dist", script, json.dumps(argument)]
         self._mark = f"ARC_TEST_JOB={uuid.uuid4().hex}"
         self._env = dict(env or {})
+        self._named = named
         self._run_id = uuid.uuid4().hex
+        self._nodes: list[str] = []
         self._processes: dict[int, tuple[str, Any]] = {}
 
     def __enter__(self) -> Hosts:
@@ -61,6 +77,8 @@ class Hosts:
             local = sorted(other for other, theirs in ranks.items() if theirs == host)
             root = self.shm / host
             root.mkdir(exist_ok=True)
+            if host not in self._nodes:
+                self._nodes.append(host)
             env = {
                 **os.environ,
                 "MASTER_ADDR": "127.0.0.1",
@@ -78,10 +96,11 @@ class Hosts:
                 "ARC_SHM_ROOT": str(root),
                 "ARC_RUN_DIR": str(self.directory / "run"),
                 **self._env,
+                **({"GROUP_RANK": str(self._nodes.index(host))} if self._named else {}),
                 name: value,
             }
-            target = (env, str(self.directory), str(self.directory), self._command)
-            process = forkserver.context().Process(target=jobs._python, args=target, name=f"rank{rank}")
+            target = (host if self._named else "", env, str(self.directory), self._command)
+            process = forkserver.context().Process(target=_supervisor, args=target, name=f"rank{rank}")
             process.start()
             self._processes[rank] = (host, process)
 
@@ -145,3 +164,12 @@ class Hosts:
     def __exit__(self, *exc_info: object) -> None:
         for _, process in self._processes.values():
             forkserver.kill_group(process)
+
+
+def _supervisor(host: str, env: dict[str, str], directory: str, command: list[str]) -> None:
+    """What runs in a forked process: `python *command`, on a host of that name."""
+    if host:
+        if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUTS) != 0:
+            raise OSError(ctypes.get_errno(), "a host cannot get a name of its own")
+        socket.sethostname(host)
+    jobs._python(env, directory, directory, command)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from arc_dist.connect import tell_until_heard
 from arc_dist.coordinator.client import CoordinatorClient
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
@@ -243,3 +244,36 @@ def test_the_last_answers_leave_before_the_server_closes(server: CoordinatorServ
     assert server.finish(5.0)
     thread.join()
     assert told == ["done"]
+
+
+def test_what_must_not_be_lost_is_told_once_the_coordinator_is_back():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # nobody listens
+        port = held.getsockname()[1]
+        mine = CoordinatorClient(f"http://127.0.0.1:{port}", "a-token", timeout_s=0.2)
+        failures: list[BaseException] = []
+
+        def say() -> None:
+            try:
+                mine.poison(15, 25, 0)
+            except CoordinatorUnavailable as error:
+                failures.append(error)
+                raise
+
+        teller = threading.Thread(target=tell_until_heard, args=(say, lambda: False))
+        teller.start()
+        while not failures:
+            time.sleep(0.01)
+    coordinator = Coordinator(2)
+    with CoordinatorServer(coordinator, port=port, token="a-token"):
+        teller.join(60)
+        assert not teller.is_alive()
+        mine.hello_store("u", [{"step": 20, "generation": 0}])
+        assert coordinator.job.known.poison[0].covers(20, 0)
+
+
+def test_nothing_is_told_after_the_end():
+    def say() -> None:
+        raise CoordinatorUnavailable("gone")
+
+    tell_until_heard(say, iter([False, False, True]).__next__)

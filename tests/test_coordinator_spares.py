@@ -13,7 +13,7 @@ import pytest
 
 from arc_dist.coordinator.client import LocalClient
 from arc_dist.coordinator.service import Coordinator
-from arc_dist.errors import CoordinatorUnavailable, Fenced
+from arc_dist.errors import CoordinatorUnavailable, Fenced, LeftOut
 from arc_dist.protocol.hangs import LABELS, Section
 from arc_dist.protocol.stragglers import PATIENCE
 
@@ -33,14 +33,14 @@ class Clock:
 class Job:
     """Three supervisors on three hosts around a coordinator, and spares that wait in threads."""
 
-    def __init__(self, run_dir: Path, *, evicts: bool) -> None:
+    def __init__(self, run_dir: Path, *, evicts: bool, hosts: tuple[str, ...] = HOSTS) -> None:
         self.clock = Clock()
         self.run_dir = run_dir
         self.coordinator = Coordinator.open(
             3, run_dir=run_dir, job_id="job", clock=self.clock, spare_after_s=PATIENCE_S, evicts=evicts
         )
         self.clients = [LocalClient(self.coordinator) for _ in range(3)]
-        self.hosts = list(HOSTS)
+        self.hosts = list(hosts)
         self.pids = [100, 101, 102]
         for rank in range(3):
             self.join(rank)
@@ -82,12 +82,12 @@ class Job:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[[bool], Job]]:
+def make(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Makes jobs, and closes their coordinators."""
     with contextlib.ExitStack() as stack:
 
-        def one(evicts: bool) -> Job:
-            job = Job(tmp_path / f"{len(list(tmp_path.iterdir()))}", evicts=evicts)
+        def one(evicts: bool, hosts: tuple[str, ...] = HOSTS) -> Job:
+            job = Job(tmp_path / f"{len(list(tmp_path.iterdir()))}", evicts=evicts, hosts=hosts)
             stack.callback(job.coordinator.close)
             return job
 
@@ -198,6 +198,61 @@ def test_an_unwanted_host_is_left_out_at_the_next_restart(make, why):
     Spare(job, "host-e", 201)
     job.die(2, generation, step=100)
     job.all_ready(generation + 1)  # what was held against the host is not held against its successor
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)], ids=["slow-first", "slow-last"])
+def test_all_ranks_of_a_host_are_left_out_together_when_none_of_them_runs(make, order):
+    """The agent of a node that loses one worker ends the others, which must not train then, nor count as told to go."""
+    job = make(True, hosts=("host-a", "host-b", "host-b"))
+    job.report_slow(1, 0)
+    job.die(0, 0, step=10)
+    taken = [Spare(job, "host-d", 200), Spare(job, "host-d", 201)]
+    job.ready(0, 1)
+    job.ready(order[0], 1)
+    assert job.took_over() == [], "the other rank of the host still runs"
+    asked: list[Exception] = []
+    waiting = threading.Thread(target=ask_for_order, args=(job, order[0], asked), daemon=True)
+    waiting.start()
+    while len(job.coordinator._changed._waiters) < len(taken) + 1:
+        assert waiting.is_alive()
+    with pytest.raises(LeftOut):
+        job.ready(order[1], 1)
+    waiting.join(LIMIT_S)
+    assert [type(error) for error in asked] == [LeftOut], "it is told at once, though it had waited for an order"
+    assert sorted(spare.told()["rank"] for spare in taken) == [1, 2]
+    with pytest.raises(LeftOut):
+        job.clients[order[0]].preempt(order[0])
+    assert not job.coordinator.job.preempted
+    for rank, pid in zip((1, 2), (200, 201), strict=True):
+        job.pids[rank], job.hosts[rank], job.clients[rank] = pid, "host-d", LocalClient(job.coordinator)
+        job.join(rank)
+        job.ready(rank, 1)
+    assert job.coordinator.job.phase.value == "running"
+
+
+def ask_for_order(job: Job, rank: int, asked: list[Exception]) -> None:
+    try:
+        job.clients[rank].directive(rank, 1, LIMIT_S)
+    except LeftOut as error:
+        asked.append(error)
+
+
+@pytest.mark.parametrize("how", ["lost", "left out"])
+def test_the_successor_of_a_slow_rank_is_not_held_to_be_slow(make, how):
+    job = make(how == "left out")
+    job.report_slow(1, 0)
+    job.die(0, 0, step=10)
+    spare = Spare(job, "host-d", 200)
+    job.ready(0, 1)
+    job.ready(2, 1)
+    if how == "left out":
+        with pytest.raises(LeftOut):
+            job.ready(1, 1)
+    else:
+        job.clock.now += PATIENCE_S
+        assert job.ask("host-e", 201, 0.0)["kind"] == "wait"
+    assert spare.told() == {"kind": "take", "rank": 1}
+    assert job.coordinator._hangs.slow_ranks == frozenset()
 
 
 @pytest.mark.parametrize("spare_host", ["host-b", None])

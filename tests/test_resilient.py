@@ -217,3 +217,23 @@ def test_a_process_that_stays_twenty_times_does_not_grow(tmp_path, kind):
     assert last[1:3] == settled[1:3], usage  # descriptors and threads
     assert last[3] <= 1.01 * settled[3], usage  # bytes in shared memory
     assert last[0] - settled[0] < 16 << 20, usage  # fifteen re-entries later
+
+
+def test_a_loop_without_arc_is_entered_again_too(tmp_path):
+    """It goes on from what it saved itself; the processes are kept all the same."""
+    script = str(Path(SCRIPT).with_name("resilient_plain.py"))
+    ended = {}
+    for name, is_struck in (("struck", True), ("through", False)):
+        out = tmp_path / name
+        out.mkdir()
+        if not is_struck:
+            (out / "killed").touch()
+        env = {"OMP_NUM_THREADS": "1", "ARC_RUN_DIR": str(out / "run")}
+        done = run_supervised(2, script, str(out), env=env, timeout_s=100)
+        assert done.exit_code == 0, done.stdout + done.stderr
+        ended[name] = [(out / f"ended-{rank}").read_text().split() for rank in range(2)]
+        started = [(out / f"started-{rank}").read_text().split() for rank in range(2)]
+        assert [len(pids) for pids in started] == [1, 2 if is_struck else 1]
+        assert [pids[-1] for pids in started] == [pid for pid, _, _ in ended[name]]
+    assert [first for _, first, _ in ended["struck"]] == ["5", "5"], "the kill fired in step 5"
+    assert [total for *_, total in ended["struck"]] == [total for *_, total in ended["through"]]

@@ -84,6 +84,16 @@ def test_a_survivor_stands_in_so_that_no_step_is_lost(tmp_path):
     assert [result["digest"] for result in results] == undisturbed(toy, 2)
 
 
+def test_a_survivor_that_computes_for_long_is_waited_for(tmp_path):
+    """It learns of the loss at its next collective only; ended before, its last steps would go with it."""
+    toy = Toy(kind="ddp", steps=8)
+    kills = {"1": [6]}
+    results, output = job(tmp_path, toy, 2, kills=kills, lags={"0": 0.8}, settings={"snapshot_every": 50})
+    assert_fired(tmp_path, kills)
+    assert results[0]["steps"][0] == [6, "apply", False], output
+    assert [result["digest"] for result in results] == undisturbed(toy, 2)
+
+
 def test_every_rank_at_once(tmp_path):
     toy = Toy(kind="ddp", steps=20)
     kills = {"0": [13], "1": [13]}

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from arc_dist import Store
+from hosts import Hosts
 from ranks import Job, run_job, run_ranks
 from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
+LOST_HOST_SCRIPT = str(Path(__file__).parent / "scripts" / "lost_host.py")
 LIMIT_S = 300.0
+EVERY = 4
+BLOCK_AT = 15  # 12 is the newest snapshot that is trusted then
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -81,6 +86,36 @@ def test_a_spare_takes_the_rank_of_a_node_that_is_lost(tmp_path, kind):
     assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), ends
     assert len(nodes.trainers(rank=1)) == 2, ends
     assert not list(tmp_path.glob("result-2.json")), "the spare trained as a rank of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
+def test_a_spare_goes_on_from_the_copies_of_the_host_that_is_lost(tmp_path, shm_root, kind):
+    """Not from the store, which has an older checkpoint. DDP, too, when its snapshots are copied."""
+    toy = Toy(kind=kind, steps=24)
+    settings = {"snapshot_every": EVERY, "checkpoint_every": 8}
+    argument = {"toy": dataclasses.asdict(toy), "out": str(tmp_path / "out"), "settings": settings}
+    argument |= {"store": str(tmp_path / "store"), "blocks": {"1": BLOCK_AT}}
+    (tmp_path / "out").mkdir()
+    env = {"ARC_SPARES": "1", "ARC_SPARE_AFTER_S": "2"} | ({"ARC_PEER_COPIES": "1"} if kind == "ddp" else {})
+    with Hosts(tmp_path, shm_root, LOST_HOST_SCRIPT, argument, env) as hosts:
+        hosts.start({0: "a", 1: "b", 2: "c"}, world_size=3)
+        hosts.wait_for((tmp_path / "out" / "blocked-1").exists, LIMIT_S, "the step of the fault")
+        step = BLOCK_AT - 3
+        hosts.wait_for(lambda: (1, step) in hosts.copies("a"), LIMIT_S, "the copy of the newest trusted snapshot")
+        hosts.wait_for(lambda: [info.step for info in Store(argument["store"]).steps()], LIMIT_S, "a checkpoint")
+        hosts.lose("b")
+        codes = hosts.wait(LIMIT_S)
+    story = hosts.story(f"exit codes {codes}")
+    assert codes == {0: 0, 2: 0}, story
+    (took,) = hosts.incidents("spare_took_over")
+    assert took["ranks"] == [1]
+    (fetched,) = hosts.incidents("copy_fetched")
+    assert (fetched["rank"], fetched["step"], fetched["holder"]) == (1, step, 0), story
+    results = [json.loads((tmp_path / "out" / f"result-{rank}.json").read_text()) for rank in range(2)]
+    assert [result["resumed"] for result in results] == [[step, "memory"]] * 2, story
+    assert BLOCK_AT - 1 - step <= EVERY
+    assert [result["digest"] for result in results] == run_ranks(2, plain_body, toy), story
 
 
 @pytest.mark.soak

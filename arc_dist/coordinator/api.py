@@ -297,6 +297,20 @@ _REPORTS = (
     ),
     Route(
         verb="POST",
+        path="/v1/worlds",
+        about="Numbers of ranks that the training could go on with, sample for sample.",
+        fields=(
+            Field(
+                name="worlds",
+                kind=Kind.OBJECTS,
+                about="each of them",
+                required=False,
+                inside=(_integer("ranks", "how many"),),
+            ),
+        ),
+    ),
+    Route(
+        verb="POST",
         path="/v1/incident",
         about="Appends a line, of any fields, to the run's incident file. `kind` says what it is about.",
     ),
@@ -361,7 +375,7 @@ def openapi() -> dict[str, Any]:
                 "Error": {
                     "type": "object",
                     "properties": {
-                        "error": {"enum": ["config", "fenced", "busy", "internal"]},
+                        "error": {"enum": ["config", "fenced", "left_out", "busy", "internal"]},
                         "message": {"type": "string"},
                     },
                     "required": ["error", "message"],

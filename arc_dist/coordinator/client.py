@@ -18,7 +18,7 @@ from typing import Any
 
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.tls import client_context
-from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced
+from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, LeftOut
 
 _Json = dict[str, Any]
 
@@ -201,6 +201,10 @@ class Methods:
         """What a store holds: ``[{"step", "generation", "certified"}]``; replaces what was known of it."""
         return self.call("hello_store", {"url": url, "committed": [dict(entry) for entry in committed]})
 
+    def worlds(self, ranks: Sequence[int]) -> _Json:
+        """Numbers of ranks that the training could go on with."""
+        return self.call("worlds", {"worlds": [{"ranks": number} for number in ranks]})
+
     def incident(self, incident: Mapping[str, Any] | None = None, **fields: Any) -> _Json:
         """Appends a line to the run's incident file."""
         return self.call("incident", {**(incident or {}), **fields})
@@ -308,7 +312,7 @@ class CoordinatorClient(Methods):
             return fields
         message = f"{method}: {fields.get('message', f'HTTP {status}')}"
         if status == 409:
-            raise Fenced(message)
+            raise (LeftOut if fields.get("error") == "left_out" else Fenced)(message)
         if status in (400, 401, 404, 405, 411, 413):
             raise ConfigError(message)
         raise self._unavailable(method, str(fields.get("message", f"HTTP {status}")))

@@ -34,7 +34,7 @@ from arc_dist.coordinator import api, metrics
 from arc_dist.coordinator.limits import Bucket, BucketPerAddress, Limits, TimedStream
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.wire import MAX_INTEGER
-from arc_dist.errors import ArcError, ConfigError, Fenced
+from arc_dist.errors import ArcError, ConfigError, Fenced, LeftOut
 
 logger = logging.getLogger("arc_dist.coordinator")
 
@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             self._refuse(refused)
         except Fenced as error:
-            self._refuse(Refused(409, "fenced", error.message))
+            self._refuse(Refused(409, "left_out" if isinstance(error, LeftOut) else "fenced", error.message))
         except ConfigError as error:
             self._refuse(Refused(400, "config", error.message))
         except (TimeoutError, ConnectionError):

@@ -6,9 +6,10 @@ It has a lock of its own, so that a pulse is never late because something else t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from arc_dist.protocol.events import Vanished
+from arc_dist.protocol.eviction import Outlook
 from arc_dist.protocol.pulse import PulseRules, Pulses
 
 _ASLEEP = "this host did not run for a while, and others may have gone on without it"
@@ -54,6 +55,16 @@ class HostDesk:
         """Another supervisor got this rank, and has as long as any to be heard."""
         with self._guard:
             self._pulses.expect(rank)
+
+    def without(self, ranks: Collection[int]) -> Outlook:
+        """Who could go on as a smaller world without the nodes of these ranks."""
+        with self._guard:
+            if not self._rules.min_nodes:
+                return Outlook(survivors=(), problem="the number of nodes is fixed (--nnodes is no range)")
+            if problem := self._forbidden():
+                return Outlook(survivors=(), problem=problem)
+            problem = f"fewer than {self._rules.min_nodes} nodes would be left that are known and do not end"
+            return Outlook(survivors=self._pulses.survivors(set(ranks)), problem=problem)
 
     def _look(self, now_s: float) -> Vanished | None:
         silent = self._pulses.silent(now_s)

@@ -13,11 +13,13 @@ from typing import Any
 from arc_dist.coordinator.wire import Fields
 from arc_dist.errors import ConfigError
 from arc_dist.protocol.budgets import Cause
+from arc_dist.protocol.events import Listed
 from arc_dist.protocol.job import Job, Member
-from arc_dist.protocol.pick import Holding
+from arc_dist.protocol.pick import Committed, Holding
 
 INCIDENTS_NAME = "incidents.jsonl"
 _MAX_LINE_BYTES = 1 << 20
+_MAX_LISTED = 100_000
 
 
 def identity_of(member: Member) -> str:
@@ -58,6 +60,23 @@ def read_holding(entry: Mapping[str, Any]) -> Holding:
         replicated=fields.boolean("replicated", default=False),
         nbytes=fields.integer("nbytes", default=0),
     )
+
+
+def read_listed(fields: Fields) -> Listed:
+    """What a store holds, as a training process tells it."""
+    url = fields.text("url")
+    entries: set[Committed] = set()
+    for entry in fields.mappings("committed", max_items=_MAX_LISTED):
+        listed = Fields("hello_store", entry)
+        entries.add(
+            Committed(
+                step=listed.integer("step"),
+                url=url,
+                generation=listed.integer_or_none("generation"),
+                certified=listed.boolean("certified", default=True),
+            )
+        )
+    return Listed(url=url, committed=frozenset(entries))
 
 
 def append_incident(run_dir: Path, line: Mapping[str, Any]) -> None:

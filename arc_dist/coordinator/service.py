@@ -19,6 +19,7 @@ from typing import Any
 from arc_dist.coordinator import view
 from arc_dist.coordinator.board import Board, Reading
 from arc_dist.coordinator.chronicle import Chronicle
+from arc_dist.coordinator.eviction import EvictionDesk
 from arc_dist.coordinator.hangs import HangDesk
 from arc_dist.coordinator.hosts import HostDesk
 from arc_dist.coordinator.journal import Journal
@@ -30,6 +31,7 @@ from arc_dist.coordinator.records import (
     member_of,
     read_cause,
     read_holding,
+    read_listed,
 )
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
 from arc_dist.coordinator.spares import SpareDesk
@@ -48,7 +50,6 @@ from arc_dist.protocol.events import (
     GenerationRuns,
     JobOver,
     Joined,
-    Listed,
     Poisoned,
     Preempted,
     Progressed,
@@ -60,7 +61,7 @@ from arc_dist.protocol.events import (
 )
 from arc_dist.protocol.generations import Order
 from arc_dist.protocol.job import Job, JobConfig, Member, Phase, durable, revive
-from arc_dist.protocol.pick import Committed, Inventory, Poison
+from arc_dist.protocol.pick import Inventory, Poison
 from arc_dist.protocol.pulse import PulseRules
 
 logger = logging.getLogger("arc_dist.coordinator")
@@ -68,12 +69,11 @@ logger = logging.getLogger("arc_dist.coordinator")
 JOURNAL_NAME = "journal.log"
 _METHODS = (
     *("join", "ready", "died", "finished", "directive", "preempt", "watched", "pulse", "stand_by"),  # supervisors
-    *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store"),  # training processes
+    *("shard", "give_up_save", "commit_status", "progress", "restored", "poison", "hello_store", "worlds"),
     *("incident", "report", "status"),  # what people read
 )
 _LOCKLESS = frozenset({"incident", "report", "status", "pulse"})  # nobody may wait for them
 _MAX_HOLDINGS = 64
-_MAX_LISTED = 100_000
 _MAX_QUIET_S = 1e9
 _APPEND_AGAIN_S = 1.0
 
@@ -94,7 +94,7 @@ class Coordinator:
         ending_timeout_s: see `protocol.job.JobConfig`.
         hosts: finds supervisors that are lost; None finds none.
         spare_after_s: how long a rank may be silent while a generation ends before a spare takes its place.
-        evicts: whether spares take the ranks of hosts that are suspected or slow, too.
+        evicts: whether hosts that are suspected or slow are left out at restarts.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ class Coordinator:
         self._hosts = hosts or HostDesk(world_size, PulseRules(), clock)
         self._peers = PeerDesk(world_size)
         self._hangs = HangDesk(world_size, run_dir, clock, self._chronicle.note)
-        self._spares = SpareDesk(
-            spare_after_s, evicts, clock, changed=self._changed, note=self._chronicle.note, seated=self._hosts.expect
-        )
+        note = self._chronicle.note
+        self._spares = SpareDesk(spare_after_s, clock, changed=self._changed, note=note, seated=self._seated)
+        self._evictions = EvictionDesk(evicts, self._hosts, self._spares, self._hangs, note)
         self._methods: dict[str, Callable[[Fields], dict[str, Any]]] = {
             name: getattr(self, f"_{name}") for name in _METHODS
         }
@@ -253,9 +253,8 @@ class Coordinator:
         member = member_of(fields.text("sender", default=""), inventory.host, inventory.shm_dir)
         if member is not None and rank not in self._job.members:
             self._apply(Joined(rank=rank, member=member))
-        if why := self._spares.evict(rank, generation, self._job, self._hangs.slow_ranks, self._apply):
-            self._hangs.forget(rank)
-            raise Fenced(f"this host is left out of the job ({why}); a spare has taken rank {rank}", rank=rank)
+        self._evictions.consider(rank, generation, self._job, self._config, self._apply)
+        self._check_sender(fields)
         store = fields.mapping_or_none("store")
         if store is not None and generation == self._job.generation + (self._job.phase is not Phase.STARTING):
             self._store = dict(store)
@@ -307,6 +306,7 @@ class Coordinator:
         after = fields.text("after", default="")
         deadline_s = self._clock() + fields.number("timeout_s", default=0.0, maximum=MAX_POLL_S)
         while True:
+            self._check_sender(fields)  # whose place may have been taken while it waited
             self._apply(Tick())
             self._check_alive()
             if generations.is_behind(self._job, generation):
@@ -354,19 +354,11 @@ class Coordinator:
         return self._saves.outcome(fields, self._check_alive)
 
     def _hello_store(self, fields: Fields) -> dict[str, Any]:
-        url = fields.text("url")
-        entries: set[Committed] = set()
-        for entry in fields.mappings("committed", max_items=_MAX_LISTED):
-            listed = Fields("hello_store", entry)
-            entries.add(
-                Committed(
-                    step=listed.integer("step"),
-                    url=url,
-                    generation=listed.integer_or_none("generation"),
-                    certified=listed.boolean("certified", default=True),
-                )
-            )
-        self._apply(Listed(url=url, committed=frozenset(entries)))
+        self._apply(read_listed(fields))
+        return self._where()
+
+    def _worlds(self, fields: Fields) -> dict[str, Any]:
+        self._evictions.take_worlds(fields)
         return self._where()
 
     def _poison(self, fields: Fields) -> dict[str, Any]:
@@ -496,6 +488,11 @@ class Coordinator:
         self._store = journal.last["store"]
         return revive(self._config, journal.last, self._clock())
 
+    def _seated(self, rank: int) -> None:
+        """Another host has the rank now: it was not heard yet, and nothing is known of its speed."""
+        self._hosts.expect(rank)
+        self._hangs.forget(rank)
+
     def _rank(self, fields: Fields) -> int:
         rank = fields.integer("rank")
         if rank >= self._config.world_size:
@@ -526,6 +523,7 @@ class Coordinator:
         A job that is over takes no new members and starts nothing; whoever asks is told the end.
         """
         sender = fields.text("sender", default="")
+        self._evictions.check(sender)
         if not sender or self._job.phase.is_over:
             return
         rank = self._rank(fields)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
@@ -22,7 +22,6 @@ class SpareDesk:
 
     Args:
         patience_s: see `protocol.spares.lost_ranks`.
-        evicts: whether ranks of hosts that are suspected or slow go to spares at the next restart.
         clock: monotonic seconds.
         changed: the service's condition, notified when the job's state changes.
         note: records an incident.
@@ -32,7 +31,6 @@ class SpareDesk:
     def __init__(
         self,
         patience_s: float,
-        evicts: bool,
         clock: Callable[[], float],
         *,
         changed: threading.Condition,
@@ -40,7 +38,6 @@ class SpareDesk:
         seated: Callable[[int], None],
     ) -> None:
         self._patience_s = patience_s
-        self._evicts = evicts
         self._clock = clock
         self._changed = changed
         self._note = note
@@ -106,20 +103,23 @@ class SpareDesk:
             why = "not heard any more" if rank in self._declared else f"not ready within {self._patience_s:g} s"
             self._seat(rank, seats[rank], job, apply, f"is lost: it was {why}")
 
-    def evict(self, rank: int, generation: int, job: Job, slow: Collection[int], apply: Callable[[Event], None]) -> str:
-        """Gives the rank of a supervisor to a spare if its host is unwanted; why, or nothing when it stays.
+    def evict(
+        self, rank: int, job: Job, unwanted: Mapping[str, str], apply: Callable[[Event], None]
+    ) -> list[tuple[Member, str]]:
+        """Gives the ranks of the host of `rank` to spares, if it is unwanted; who had them, and why.
 
-        Asked when the rank says that it is ready for `generation`, so when none of its processes is left.
+        Asked when `rank` is ready and while a generation ends. All ranks of a host go together, with the last one that
+        is ready: a launcher's agent that loses one of its workers ends them all, and none of them may still train then.
         """
-        if not self._evicts or job.phase is not Phase.ENDING or job.preempted or generation != job.awaited:
-            return ""
-        unwanted = spares.unwanted_hosts(job, slow)
-        before = job.members[rank]
+        host = job.members[rank].host
+        ranks = [other for other, member in job.members.items() if member.host == host]
+        if host not in unwanted or not job.ready.keys() >= {*ranks} - {rank}:
+            return []
         seats = spares.assign(job.members, self._standing_by(job), lost=(), unwanted=unwanted)
-        if seats[rank] == before:
-            return ""
-        self._seat(rank, seats[rank], job, apply, f"is left out: {unwanted[before.host]}")
-        return unwanted[before.host]
+        moved = [other for other in sorted(ranks) if seats[other] != job.members[other]]
+        for other in moved:
+            self._seat(other, seats[other], job, apply, f"is left out: {unwanted[host]}")
+        return [(job.members[other], unwanted[host]) for other in moved]
 
     def _standing_by(self, job: Job) -> list[Member]:
         seated = set(job.members.values())

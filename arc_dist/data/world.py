@@ -96,6 +96,20 @@ class Share:
             order=Order(**order) if isinstance(order, Mapping) else order,
         )
 
+    def fitting_worlds(self, *, epochs: int | None) -> list[int]:
+        """Numbers of ranks that can go on with the same samples in every step; only the present one if none can.
+
+        Args:
+            epochs: passes over the data in the whole run; None for no bound.
+        """
+        if not isinstance(self.order, Order):
+            return [self.ranks]
+        worlds, origin = self.origin.fitting_worlds(), self.origin
+        if epochs is None:
+            return worlds
+        total = epochs * self.batches
+        return [ranks for ranks in worlds if origin.shares_the_last_turn(ranks, total_batches=total)]
+
     def cells(self, epoch: int) -> Iterator[Cell]:
         """This rank's cells of an epoch, in order."""
         return self.origin.cells(self.ranks, self.rank, epoch=epoch, batches=self.batches, since=self.since)

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from arc_dist.config import Env
 from arc_dist.errors import ConfigError, ExitCode
-from arc_dist.launch import barrier, endings, nodes
+from arc_dist.launch import agent, endings, nodes
 from arc_dist.launch.options import add_settings, settings_to_arguments
 from arc_dist.snapshot.directory import OwnedDirectory, collect_of_agent
 
@@ -54,12 +54,12 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    if arguments.arc_spares or "ARC_MIN_NODES" in os.environ:
-        barrier.shorten()
     owned = OwnedDirectory(Path(tempfile.gettempdir()), "arcrun")
     reports = owned.path / "endings"
     reports.mkdir()
     os.environ[endings.VARIABLE] = str(reports)
+    if arguments.arc_spares or "ARC_MIN_NODES" in os.environ:
+        agent.install(reports)
 
     def end(reason: str) -> None:
         """From a thread; supervisors, and with them all that they have started, end with this process."""

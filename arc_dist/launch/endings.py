@@ -26,15 +26,26 @@ def begin(directory: str | None, local_rank: str) -> None:
         (Path(directory) / local_rank).unlink(missing_ok=True)
 
 
-def leave(directory: str | None, local_rank: str, returncode: int, *, was_told: bool = False) -> None:
-    """Notes how this supervisor ends: an exit code, or minus a signal; and whether a signal had told it to."""
+def leave(
+    directory: str | None, local_rank: str, returncode: int, *, was_told: bool = False, is_left_out: bool = False
+) -> None:
+    """Notes how this supervisor ends.
+
+    Args:
+        directory: of all notes; None notes nothing.
+        local_rank: of this supervisor.
+        returncode: an exit code, or minus a signal.
+        was_told: a signal had told it to.
+        is_left_out: the job goes on without this host.
+    """
     if directory is None:
         return
     # arcrun falls back to what torchrun saw when the directory is gone.
     with contextlib.suppress(OSError):
         path = Path(directory) / local_rank
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"time": time.time(), "returncode": returncode, "was_told": was_told}))
+        note = {"returncode": returncode, "was_told": was_told, "is_left_out": is_left_out}
+        draft.write_text(json.dumps({"time": time.time(), **note}))
         draft.rename(path)
 
 
@@ -46,6 +57,11 @@ def read(directory: Path) -> list[int]:
 def _notes(directory: Path) -> list[dict[str, Any]]:
     notes = [json.loads(path.read_text()) for path in directory.iterdir() if path.suffix != ".draft"]
     return sorted(notes, key=lambda note: note["time"])
+
+
+def is_left_out(directory: Path) -> bool:
+    """Whether the job goes on without this host on purpose, so that its agent must not bring it back."""
+    return any(note["is_left_out"] for note in _notes(directory))
 
 
 def verdict(directory: str | None) -> int | None:

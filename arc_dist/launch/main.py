@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from arc_dist.config import Env
-from arc_dist.errors import ArcError, ConfigError, ExitCode
+from arc_dist.errors import ArcError, ConfigError, ExitCode, LeftOut
 from arc_dist.launch import endings
 from arc_dist.launch import options as command_line
 from arc_dist.supervisor import process, script, zygote
@@ -147,15 +147,16 @@ def _fail(error: ArcError, *, says: bool) -> NoReturn:
     if not says:
         time.sleep(_SAID_WITHIN_S)
     print(f"[arc] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    _leave(int(error.exit_code))
+    _leave(int(error.exit_code), is_left_out=isinstance(error, LeftOut))
 
 
-def _leave(returncode: int, *, was_told: bool = False) -> NoReturn:
+def _leave(returncode: int, *, was_told: bool = False, is_left_out: bool = False) -> NoReturn:
     """Ends the process as the trainer ended: with its exit code, or by the signal that ended it.
 
     Without the interpreter's own end: daemon threads and stores are no reason to wait or to crash there.
     """
-    endings.leave(endings.directory_from_environ(), _local_rank(), returncode, was_told=was_told)
+    directory = endings.directory_from_environ()
+    endings.leave(directory, _local_rank(), returncode, was_told=was_told, is_left_out=is_left_out)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -100,7 +100,7 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     add(
         f"--{prefix}evict",
         metavar="1",
-        help="1: at a restart spares take the ranks of hosts that are suspected or slow, too [ARC_EVICT]",
+        help="1: hosts that are suspected or slow are left out at a restart [ARC_EVICT]",
     )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(

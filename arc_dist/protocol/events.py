@@ -117,12 +117,14 @@ class Vanished:
         reason: for people.
         survivors: (rank, node) of those that may go on as a smaller world; empty when nobody may.
         is_replaceable: the launcher may start the lost ones again by itself.
+        is_eviction: they are alive, and are left out on purpose.
     """
 
     ranks: tuple[int, ...]
     reason: str
     survivors: Survivors = ()
     is_replaceable: bool = False
+    is_eviction: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -271,9 +271,8 @@ def _vanished(config: JobConfig, job: Job, event: Vanished, now_s: float) -> _An
     # Nobody comes in their place in this world. What memory holds of a job that was told to go cannot be whole.
     survivors = () if job.preempted else event.survivors
     blamed = event.ranks[0] if event.ranks else None
-    stop = Stop(
-        exit_code=ExitCode.INFRASTRUCTURE, reason=event.reason, blame_rank=blamed, lost=event.ranks, survivors=survivors
-    )
+    stop = Stop(exit_code=ExitCode.INFRASTRUCTURE, reason=event.reason, blame_rank=blamed, lost=event.ranks)
+    stop = dataclasses.replace(stop, survivors=survivors, is_eviction=event.is_eviction)
     return _over(job, stop, now_s)
 
 

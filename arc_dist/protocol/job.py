@@ -76,6 +76,7 @@ class Stop:
         traceback: of the exception that it failed with, where it was one.
         lost: ranks whose supervisors are lost, when that is why.
         survivors: (rank, node) of those that go on as a smaller world without them.
+        is_eviction: the lost ones are alive, and are left out on purpose.
     """
 
     exit_code: int
@@ -84,6 +85,7 @@ class Stop:
     traceback: str = ""
     lost: tuple[int, ...] = ()
     survivors: Survivors = ()
+    is_eviction: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ coordinator; whoever had the rank before is fenced off like any supervisor that 
    otherwise: a launcher's agent that loses one of its workers ends them all. Rank 0's host stays.
 
 **Unwanted**, where the job allows eviction, is the host on which ranks keep dying (`protocol.hosts`), and one with a
-rank that is persistently slow (`protocol.stragglers`). A rank changes its supervisor only at a restart that happens
-anyway, and only once its own process is gone.
+rank that is persistently slow (`protocol.stragglers`). Its ranks change their supervisors only at a restart that
+happens anyway, and only once all their processes are gone. Without enough spares see `protocol.eviction`.
 
 **Lost** is whose host is not heard any more (`protocol.pulse`), and who is not ready `patience_s` after a generation
 began to end (`lost_ranks`). Neither is a proof: a supervisor

@@ -209,7 +209,7 @@ def set_empty(buffer: memoryview) -> None:
 
 def encode_table(entries: list[TableEntry]) -> bytes:
     """The table as JSON bytes."""
-    return json.dumps({"version": VERSION, "tensors": [dataclasses.asdict(entry) for entry in entries]}).encode()
+    return json.dumps({"version": VERSION, "tensors": [vars(entry) for entry in entries]}).encode()
 
 
 # --- slots: reading ---------------------------------------------------------------------------------------------------

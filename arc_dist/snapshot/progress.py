@@ -22,7 +22,7 @@ import os
 import struct
 from pathlib import Path
 
-from arc_dist.protocol.hangs import LABELS, Section
+from arc_dist.protocol.hangs import LABELS, LEARNED, Section
 from arc_dist.snapshot.layout import PAGE_BYTES
 
 FIRST_NAMED = 16  # index of the first section that the user named; lower ones are those of `Section`
@@ -146,6 +146,12 @@ class ProgressPage:
         start = _NAMES + (index - FIRST_NAMED) * _NAME_BYTES
         raw = bytes(self.buffer[start : start + _NAME_BYTES])
         return raw.rstrip(b"\0").decode(errors="replace")
+
+    def mean_step_s(self) -> float:
+        """How long a step of this process takes on average, without the script's own code; 0 before the first."""
+        words = self.words
+        spent_ns = sum(words[TIME + section] for section in LEARNED)
+        return spent_ns / 1e9 / max(1, words[Word.STEPS])
 
     def read(self) -> Progress:
         """The newest whole copy. A reader overtaken by two writes tries again, a bounded number of times."""

@@ -256,7 +256,7 @@ class _World:
             return
         num_others = membership.num_workers - 1
         assert self._coordinator is not None
-        if (stop := self._coordinator.job.stop) is not None:
+        if (stop := self._coordinator.job.stop) is not None and not stop.is_eviction:
             num_others -= len(stop.lost)
         limit_s = max(_FAREWELL_LIMIT_S, self._env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
         meeting.await_others(self._address.token, num_others, lambda: server.num_connections, timeout_s=limit_s)

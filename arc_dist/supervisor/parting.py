@@ -13,6 +13,7 @@ from arc_dist.telemetry.log import logger
 
 _POLL_S = 0.002
 _STEPPING_LIMIT_S = 0.3
+_STEPPING_MAX_S = 60.0
 _PARTING_LIMIT_S = 10.0
 _LAUNCHER_SIGNAL_S = 0.5
 _KILL_LIMIT_S = 30.0
@@ -61,10 +62,12 @@ class Parting:
             return
         asked_at = time.monotonic()
         told = False
+        # It learns that a peer is gone at its next collective, and its state may be the newest that there is.
+        stepping_s = min(_STEPPING_LIMIT_S + 2 * self._trainers.replica_step_s(), _STEPPING_MAX_S)
         while trainer.returncode is None:
             phase = self._trainers.phase()
             waited_s = time.monotonic() - asked_at
-            limit_s = {layout.Phase.STEPPING: _STEPPING_LIMIT_S, layout.Phase.PARTING: _PARTING_LIMIT_S}.get(phase, 0.0)
+            limit_s = {layout.Phase.STEPPING: stepping_s, layout.Phase.PARTING: _PARTING_LIMIT_S}.get(phase, 0.0)
             if leaving and phase is layout.Phase.NONE:
                 limit_s = _PARTING_LIMIT_S
                 if waited_s >= _LAUNCHER_SIGNAL_S and self._own_signal() is None and not told:

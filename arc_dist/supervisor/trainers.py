@@ -13,7 +13,7 @@ from typing import Any
 
 from arc_dist.errors import InfrastructureError
 from arc_dist.snapshot import layout
-from arc_dist.snapshot.progress import ProgressPage
+from arc_dist.snapshot.progress import ProgressPage, Word
 from arc_dist.supervisor import cause as causes
 from arc_dist.supervisor import process, wire, zygote
 from arc_dist.supervisor.events import Event, Events, read_zygote
@@ -123,6 +123,10 @@ class Trainers:
     def phase(self) -> layout.Phase:
         """What the trainer says it is doing."""
         return self._page.read().phase
+
+    def replica_step_s(self) -> float:
+        """How long a step takes on average in a trainer whose state can stand in for that of others; else 0."""
+        return 0.0 if self._progress.words[Word.SHARDED] else self._progress.mean_step_s()
 
     def last_step(self, trainer: Trainer) -> int | None:
         """The trainer's last committed step; None for a script that counts none (the page is as we set it up)."""

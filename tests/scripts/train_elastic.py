@@ -2,7 +2,8 @@
 
 Arguments: a JSON object with the fields of `elastic_job.Plan`, and: "out" (a directory), "life" (of this run), "kills"
 ({rank: step}), "nans" ({rank: step}), "until" (steps in the whole run), "pause_s" (after
-each step).
+each step), "slow" ([host, seconds]: what each micro-batch takes longer there), "strike" (the rank that is killed, once,
+as soon as there is a file "strike" in "out").
 """
 
 import json
@@ -61,14 +62,25 @@ def main() -> None:
         marker.touch()
         return True
 
+    host, (slow_host, slow_s) = os.uname().nodename, config.get("slow", ("", 0.0))
+
+    def is_struck() -> bool:
+        marker = out / f"struck-{rank}"
+        if rank != config.get("strike") or marker.exists() or not (out / "strike").exists():
+            return False
+        marker.touch()
+        return True
+
     def loss_fn(batch):
         x, y, indices = batch
         if sys._getframe(1).f_code.co_name == "warm_up":  # its results are thrown away
             return nn.functional.mse_loss(model(x), y)
         step = arc.steps_done + 1
         log.add(step, arc._engine.accumulate, indices.tolist())
-        if fires("kills", step):
+        if fires("kills", step) or is_struck():
             os.kill(os.getpid(), signal.SIGKILL)
+        if host == slow_host:
+            time.sleep(slow_s)
         loss = nn.functional.mse_loss(model(x), y)
         return loss * float("nan") if fires("nans", step) else loss
 
@@ -77,7 +89,7 @@ def main() -> None:
         steps.append([step.number, step.action])
         with open(out / f"progress-{rank}", "a") as file:
             file.write(f"{step.number} {dist.get_world_size()}\n")
-        with open(out / f"steps-{os.uname().nodename}", "a") as file:
+        with open(out / f"steps-{host}", "a") as file:
             line = {"at": time.monotonic(), "step": step.number, "generation": generation(), "store": meeting_place()}
             file.write(json.dumps({**line, "rank": rank, "ranks": dist.get_world_size()}) + "\n")
         time.sleep(config.get("pause_s", 0.0))

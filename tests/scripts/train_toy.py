@@ -2,13 +2,14 @@
 
 Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "kills" ({rank: [steps]}), "raises"
 ({rank: step}), "oom" (a cgroup in which the kills are the OOM killer's), "pauses" ({rank: step}: waits there for ever,
-the first time), "store", "settings" (of Arc).
+the first time), "lags" ({rank: seconds that each of its losses takes}), "store", "settings" (of Arc).
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -45,6 +46,7 @@ def main():
         if config.get("pauses", {}).get(str(rank)) == step and not paused.exists():
             paused.touch()
             signal.pause()
+        time.sleep(config.get("lags", {}).get(str(rank), 0))
         if config.get("raises", {}).get(str(rank)) == step:
             raise ValueError(f"the script's own bug at step {step}")
         return loss
