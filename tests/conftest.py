@@ -27,6 +27,9 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RAN
     os.environ.pop(_name, None)
 # A background job of a shell ignores Ctrl-C, and so would every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where tests write: thousands of files that a store makes durable, one by one, are seconds on a disk.
+MEMORY = Path("/dev/shm")
+MEMORY_NEEDED_BYTES = 2 << 30
 # With CI=true everything installable is installed, so that only these reasons may skip a test.
 SKIPS_ALLOWED_IN_CI = ("needs a GPU", "needs root")
 _skipped: list[str] = []
@@ -38,7 +41,12 @@ def pytest_report_header() -> str:
     return f"arc_dist: {Path(arc_dist.__path__[0]).resolve()}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself looks where temporary directories are wanted
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.basetemp is None and _has_room(MEMORY):
+        root = tempfile.mkdtemp(prefix=f"arc-tests-{os.getpid()}-", dir=MEMORY)
+        config.option.basetemp = f"{root}/t"  # workers of pytest-xdist get a place in it
+        config.add_cleanup(lambda: shutil.rmtree(root, ignore_errors=True))
     if os.environ.get("ARC_TEST_INSTALLED") != "1":
         return
     import arc_dist
@@ -46,6 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
     tree = Path(config.rootpath, "arc_dist").resolve()
     if Path(arc_dist.__path__[0]).resolve() == tree:
         raise pytest.UsageError(f"the installed package is to be tested, but arc_dist was imported from {tree}")
+
+
+def _has_room(directory: Path) -> bool:
+    """Whether tests can write there; in a container the memory file system may be a few megabytes."""
+    if not os.access(directory, os.W_OK):
+        return False
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize >= MEMORY_NEEDED_BYTES
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -86,7 +102,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def _shm_of_session() -> Iterator[Path]:
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    parent = MEMORY if os.access(MEMORY, os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix=f"arc-tests-{os.getpid()}-", dir=parent))
     yield root
     shutil.rmtree(root, ignore_errors=True)
@@ -100,8 +116,23 @@ def shm_root(_shm_of_session: Path) -> Iterator[Path]:
     shutil.rmtree(root, ignore_errors=True)
 
 
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """pytest's own, in memory where there is room; with the mark `disk` it lies with all other temporary files."""
+    if request.node.get_closest_marker("disk") is None:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="arc-tests-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
 @pytest.fixture(autouse=True)
-def isolated(shm_root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test writes its incidents and its shared memory to places of its own."""
+def isolated(
+    tmp_path: Path, shm_root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every test writes its incidents and its shared memory to places of its own.
+
+    `tmp_path` comes first, so that it is removed when nothing is patched any more.
+    """
     monkeypatch.setenv("ARC_RUN_DIR", str(tmp_path_factory.mktemp("run")))
     monkeypatch.setenv("ARC_SHM_ROOT", str(shm_root))

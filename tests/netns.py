@@ -4,6 +4,8 @@ A host has its own network, name and /dev/shm; files are shared, as on a cluster
 stopped as a whole (its processes freeze), or lose its power (its processes die and nobody is told, because the cut
 comes first).
 
+What hosts share must not lie in /dev/shm: tests of them have the mark `disk`.
+
 ::
 
     with Network(3) as network:

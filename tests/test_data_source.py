@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 import textwrap
 import time
 import types
@@ -26,6 +23,7 @@ from arc_dist.data.source import Batch, BatchSource
 from arc_dist.errors import ConfigError, DataNotReproducible
 from arc_dist.snapshot.rng import capture_rng
 from data_sources import Rows, Saved, Stream, batch_digest, seed_everything, through_a_file, train
+from ranks import run_plain
 
 
 def ordinals(source: BatchSource) -> list[int]:
@@ -382,6 +380,7 @@ class TestMemory:
 
 SCRIPT = """
     import json, pathlib, sys
+    sys.path.insert(0, sys.argv[4])
     import torch
     from torch.utils.data import DataLoader
     from arc_dist.checkpoint_store.codec import decode, encode
@@ -412,17 +411,15 @@ def test_processes_that_follow_each_other_are_one_run(tmp_path: Path, start_meth
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
 
-    def run(file: str, until: int) -> list[Any]:
-        command = [sys.executable, str(script), str(tmp_path / file), str(until), start_method]
-        path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-        assert done.returncode == 0, done.stderr
+    def run(file: str, until: int, start_method: str = start_method) -> list[Any]:
+        arguments = [str(tmp_path / file), str(until), start_method, str(Path(__file__).parent)]
+        done = run_plain(1, str(script), *arguments, timeout_s=100)
+        assert done.exit_code == 0, done
         return json.loads(done.stdout)
 
-    whole = run("whole", 99)
+    # Each worker that is spawned imports torch: forked ones must give the same, and once is enough for the others.
+    whole = run("whole", 99, "fork" if start_method else "")
     assert len(whole) == 12
-    # Each worker that is spawned imports torch: once is enough there.
     stops = (8,) if start_method == "spawn" else (4, 4)
     assert [step for stop in (*stops, 99) for step in run("parts", stop)] == whole
 

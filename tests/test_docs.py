@@ -13,7 +13,7 @@ import pytest
 from arc_dist import errors
 from arc_dist.errors import ArcError, ExitCode
 from arc_dist.settings import Settings
-from ranks import run_job, torchrun
+from ranks import run_job, run_supervised, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -117,14 +117,14 @@ def test_the_fifteen_lines_of_the_readme_are_at_most_fifteen():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_fifteen_lines_train_and_go_on_where_they_were(tmp_path: Path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "train.py").write_text(block)
-    command = torchrun(2, "-m", "arc_dist", "train.py")
-    first = run_job(command, cwd=tmp_path, timeout_s=100)
+    first = run_job(torchrun(2, "-m", "arc_dist", "train.py"), cwd=tmp_path, timeout_s=100)
     assert first.exit_code == 0, first
     assert re.findall(r"^(\d+) ", first.stdout, re.MULTILINE) == [str(n) for n in range(100, 1001, 100)]
     (tmp_path / "train.py").write_text(block.replace("(loss_fn, data)", "(loss_fn, data, epochs=2)"))
-    second = run_job(command, cwd=tmp_path, timeout_s=100)
+    second = run_supervised(2, "train.py", cwd=tmp_path, timeout_s=100)
     assert second.exit_code == 0, second
     assert re.findall(r"^(\d+) ", second.stdout, re.MULTILINE) == [str(n) for n in range(1100, 2001, 100)]

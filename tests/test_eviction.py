@@ -33,6 +33,7 @@ SLOW_S = 0.15  # a minute in all, of which the report needs a quarter
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.disk,  # hosts that have a memory file system each share nothing there
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: hosts with names of their own"),
 ]

@@ -25,7 +25,8 @@ from arc_dist import Store
 from elastic_job import SCRIPT, Plan, live, skipped_turns, timeline
 from ranks import Job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# Each host has a memory file system of its own: what they share cannot lie there.
+pytestmark = [pytest.mark.slow, pytest.mark.disk, pytest.mark.timeout(900)]
 
 WAIT_S = 300.0
 HOST_TIMEOUT_S = 8  # busy machines keep a supervisor waiting for seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -47,11 +48,16 @@ def plain_body(rank, world_size, toy):
     return plain(toy)[0]
 
 
+@functools.cache
+def launch_plain(kind):
+    return launch(kind, plain_body)
+
+
 @pytest.mark.parametrize("at", [1, 7, 10, 29])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_corrupt_weight_is_undone_and_the_run_ends_bitwise_as_if_nothing_had_happened(kind, at):
     healed = launch(kind, inf_weight_body, at)
-    undisturbed = launch(kind, plain_body)
+    undisturbed = launch_plain(kind)
     assert [fired for fired, *_ in healed] == [0] * (len(healed) - 1) + [1]
     for (_, actions, digest, _), expected in zip(healed, undisturbed):
         assert actions == ["rollback"]
@@ -174,7 +180,7 @@ def learning_rate_body(rank, world_size, toy):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rate_set_by_accident_is_undone(kind):
     outcomes = launch(kind, learning_rate_body)
-    undisturbed = launch(kind, plain_body)
+    undisturbed = launch_plain(kind)
     assert outcomes[-1][0] == 1
     for (_, actions, digest), expected in zip(outcomes, undisturbed):
         assert actions == ["rollback"]

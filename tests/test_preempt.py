@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from arc_dist import Store
-from ranks import Job, run_job, run_ranks
+from ranks import Job, run_ranks, run_supervised
 from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
@@ -27,6 +27,7 @@ def progress(tmp_path, rank):
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("kind", "ranks", "target"),
     [
@@ -59,7 +60,7 @@ def test_sigterm_saves_and_the_next_start_continues_bitwise(tmp_path, kind, rank
 
     more = dataclasses.replace(toy, steps=saved + 5)
     config["toy"] = dataclasses.asdict(more)
-    again = run_job([*launcher, json.dumps(config)], env=env, timeout_s=60)
+    again = run_supervised(ranks, SCRIPT, json.dumps(config), env=env, timeout_s=60)
     assert again.exit_code == 0, str(again)
     results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(ranks)]
     assert results[0]["steps"][0][0] == saved + 1

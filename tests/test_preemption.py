@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from arc_dist import Store
-from ranks import JobResult, run_job, run_ranks
+from ranks import JobResult, run_job, run_ranks, run_supervised
 from toy import Toy, plain
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "preempted.py")
@@ -87,7 +87,9 @@ def undisturbed(toy: Toy) -> list[str]:
     return run_ranks(2, plain_body, toy)
 
 
-def launch(directory: Path, toy: Toy, notice: Case | None, *, has_store: bool = True, **env: str) -> JobResult:
+def launch(
+    directory: Path, toy: Toy, notice: Case | None, *, has_store: bool = True, by_launcher: bool = True, **env: str
+) -> JobResult:
     fields = None
     if notice is not None:
         names = ("rank", "step", "place", "target", "how", "times", "then")
@@ -99,15 +101,18 @@ def launch(directory: Path, toy: Toy, notice: Case | None, *, has_store: bool = 
         "settings": {"checkpoint_every": 4, "snapshot_every": 3},
         "notice": fields,
     }
-    command = [sys.executable, "-m", "arc_dist.launch.arcrun", "--standalone", "--nproc-per-node=2", SCRIPT]
     environ = {
         "ARC_RUN_DIR": str(directory / "run"),
         "ARC_GRACE_S": "8",
         "ARC_PREEMPT_SIGNALS": ",".join(SIGNALS),
         "ARC_PREEMPT_FILE": str(directory / "notice"),
         "ARC_MAX_RESTARTS": "0",
+        **env,
     }
-    return run_job([*command, json.dumps(config)], env={**environ, **env}, timeout_s=LIMIT_S)
+    if not by_launcher:
+        return run_supervised(2, SCRIPT, json.dumps(config), env=environ, timeout_s=LIMIT_S)
+    command = [sys.executable, "-m", "arc_dist.launch.arcrun", "--standalone", "--nproc-per-node=2", SCRIPT]
+    return run_job([*command, json.dumps(config)], env=environ, timeout_s=LIMIT_S)
 
 
 def results(directory: Path) -> list[dict[str, Any]]:
@@ -133,7 +138,7 @@ def check(directory: Path, case: Case) -> None:
     if case.then == "hang":
         assert "did not save in time" in ended.stderr, said
 
-    again = launch(directory, toy, None)
+    again = launch(directory, toy, None, by_launcher=False)  # the notice is what a launcher must hear of
     assert again.exit_code == 0, f"{said}\nthe next start: {again}"
     if case.how == "file":  # it is still there, and no notice to the next start
         assert "belongs to an earlier preemption" in again.stderr, again

@@ -13,6 +13,8 @@ from arc_dist import SeededSampler
 from ranks import run_plain, run_ranks, run_supervised
 from toy import Toy, plain
 
+pytestmark = pytest.mark.disk  # here checkpoints of jobs meet a real one
+
 SCRIPT = str(Path(__file__).parent / "scripts" / "train_toy.py")
 
 

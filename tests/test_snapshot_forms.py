@@ -35,6 +35,8 @@ from arc_dist.snapshot.layout import SlotDamaged, SlotState
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
 
+pytestmark = pytest.mark.disk  # which one of the forms is for
+
 NUMEL = 20_000
 NUM_TENSORS = 6
 STATE_BYTES = NUMEL * 4 * NUM_TENSORS
