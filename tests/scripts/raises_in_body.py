@@ -12,7 +12,6 @@ import torch
 from arc_dist import Arc
 from arc_dist.checkpointer import Checkpointer
 
-
 WAITS = threading.Event()
 
 
@@ -23,11 +22,18 @@ def commits_never(self, *arguments):
 
 
 Checkpointer._commit = commits_never
-model = torch.nn.Linear(4, 1)
-arc = Arc(model, torch.optim.SGD(model.parameters(), lr=0.1), store=sys.argv[1], checkpoint_every=2)
-data = [(torch.randn(4, 4), torch.randn(4, 1)) for _ in range(50)]
-loop = arc.train(lambda batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1]), data)
-for step in loop:
-    if arc._engine._checkpointer.is_writing():
-        WAITS.wait()
-        raise ValueError(f"the script's own bug at step {step.number}")
+
+
+def main():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    arc = Arc(model, torch.optim.SGD(model.parameters(), lr=0.1), store=sys.argv[1], checkpoint_every=2)
+    data = [(torch.randn(4, 4), torch.randn(4, 1)) for _ in range(50)]
+    loop = arc.train(lambda batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1]), data)
+    for step in loop:
+        if arc._engine._checkpointer.is_writing():
+            WAITS.wait()
+            raise ValueError(f"the script's own bug at step {step.number}")
+
+
+main()
