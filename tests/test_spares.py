@@ -90,19 +90,20 @@ def test_a_spare_takes_the_rank_of_a_node_that_is_lost(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
-def test_a_spare_goes_on_from_the_copies_of_the_host_that_is_lost(tmp_path, shm_root, kind):
-    """Not from the store, which has an older checkpoint. DDP, too, when its snapshots are copied."""
+def test_a_spare_goes_on_from_what_other_hosts_keep_of_the_one_that_is_lost(tmp_path, shm_root, kind):
+    """A copy, or under DDP a replica with a note. Not from the store, which has an older checkpoint."""
     toy = Toy(kind=kind, steps=24)
     settings = {"snapshot_every": EVERY, "checkpoint_every": 8}
     argument = {"toy": dataclasses.asdict(toy), "out": str(tmp_path / "out"), "settings": settings}
     argument |= {"store": str(tmp_path / "store"), "blocks": {"1": BLOCK_AT}}
     (tmp_path / "out").mkdir()
-    env = {"ARC_SPARES": "1", "ARC_SPARE_AFTER_S": "2"} | ({"ARC_PEER_COPIES": "1"} if kind == "ddp" else {})
+    env = {"ARC_SPARES": "1", "ARC_SPARE_AFTER_S": "2"}
     with Hosts(tmp_path, shm_root, LOST_HOST_SCRIPT, argument, env) as hosts:
         hosts.start({0: "a", 1: "b", 2: "c"}, world_size=3)
         hosts.wait_for((tmp_path / "out" / "blocked-1").exists, LIMIT_S, "the step of the fault")
         step = BLOCK_AT - 3
-        hosts.wait_for(lambda: (1, step) in hosts.copies("a"), LIMIT_S, "the copy of the newest trusted snapshot")
+        kept = hosts.copies if kind == "fsdp" else hosts.notes
+        hosts.wait_for(lambda: (1, step) in kept("a"), LIMIT_S, "what is kept of the newest trusted snapshot")
         hosts.wait_for(lambda: [info.step for info in Store(argument["store"]).steps()], LIMIT_S, "a checkpoint")
         hosts.lose("b")
         codes = hosts.wait(LIMIT_S)
