@@ -13,6 +13,7 @@ from arc_dist.telemetry.log import logger
 
 _POLL_S = 0.002
 _STEPPING_LIMIT_S = 0.3
+_REPLICA_LIMIT_S = 2.0  # and the time of two steps; on a machine with much else to do, 0.3 s pass before a process runs
 _STEPPING_MAX_S = 60.0
 _PARTING_LIMIT_S = 10.0
 _LAUNCHER_SIGNAL_S = 0.5
@@ -62,8 +63,10 @@ class Parting:
             return
         asked_at = time.monotonic()
         told = False
-        # It learns that a peer is gone at its next collective, and its state may be the newest that there is.
-        stepping_s = min(_STEPPING_LIMIT_S + 2 * self._trainers.replica_step_s(), _STEPPING_MAX_S)
+        stepping_s = _STEPPING_LIMIT_S
+        if (step_s := self._trainers.replica_step_s()) > 0:
+            # It learns that a peer is gone at its next collective, and its state may be the newest that there is.
+            stepping_s = min(_REPLICA_LIMIT_S + 2 * step_s, _STEPPING_MAX_S)
         while trainer.returncode is None:
             phase = self._trainers.phase()
             waited_s = time.monotonic() - asked_at
