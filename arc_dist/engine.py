@@ -499,6 +499,7 @@ class Engine:
         self.voter.close()
 
     def _end_threads(self, abort: bool) -> None:
+        """Ends the threads that write, copy and report; waits for what they have begun unless `abort`."""
         if self._checkpointer is not None:
             self._checkpointer.close(abort=abort)
         if self._drainer is not None:
