@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -45,11 +44,10 @@ def request(
     return response.status, json.loads(text) if text.startswith(b"{") else text
 
 
-def play_generations(server: CoordinatorServer, num_generations: int) -> list[float]:
-    """Two ranks over real connections; rank 1 dies in each generation. Seconds from each death to the next run."""
-    delays: list[float] = []
-    died_at = [0.0]
+def play_generations(server: CoordinatorServer, num_generations: int) -> None:
+    """Two ranks over real connections; rank 1 dies in each generation."""
     problems: list[BaseException] = []
+    both_run = threading.Barrier(2)  # who has not heard "run" when the other dies is rightly told "end" instead
 
     def rank_body(rank: int) -> None:
         mine = client(server)
@@ -59,11 +57,8 @@ def play_generations(server: CoordinatorServer, num_generations: int) -> list[fl
             mine.ready(rank, generation, {"host": "h", "port": 1} if rank == 0 else None, held, f"/shm/{rank}", "h")
             told = mine.directive(rank, generation, 10)
             assert (told["kind"], told["plan"]["step"]) == ("run", generation)
-            if rank == 0 and generation:
-                delays.append(time.perf_counter() - died_at[0])
+            both_run.wait(60)
             if rank == 1:
-                time.sleep(0.002)
-                died_at[0] = time.perf_counter()
                 mine.died(1, generation, KILLED, generation + 1)
             told = mine.directive(rank, generation, 10)
             assert (told["kind"], told["generation"]) == ("end", generation)
@@ -80,14 +75,11 @@ def play_generations(server: CoordinatorServer, num_generations: int) -> list[fl
     for thread in threads:
         thread.join(60)
     assert not problems, problems
-    return delays
 
 
-def test_fifty_deaths_and_the_way_from_death_to_run_is_short(server: CoordinatorServer):
-    delays = play_generations(server, 50)
-    assert len(delays) == 49
-    # Quiet it is 2-4 ms; the bound leaves room for a machine that is busy with other tests.
-    assert statistics.median(delays) < 0.1
+def test_fifty_deaths_and_each_generation_has_its_plan(server: CoordinatorServer):
+    play_generations(server, 50)
+    assert client(server).status()["generation"] == 49
 
 
 def test_a_connection_is_kept_and_a_broken_one_is_replaced(server: CoordinatorServer):
@@ -103,12 +95,12 @@ def test_a_connection_is_kept_and_a_broken_one_is_replaced(server: CoordinatorSe
 def test_each_thread_has_its_own_connection_so_that_a_poll_blocks_nobody(server: CoordinatorServer):
     one = client(server)
     one.join(0, 2, "h", 1, "/d")
+    one.ready(0, 0, {"host": "h", "port": 1}, [], "/d", "h")
     poll = threading.Thread(target=one.directive, args=(0, 0, 2.0))
     poll.start()
     time.sleep(0.05)
-    began = time.monotonic()
     one.status()
-    assert time.monotonic() - began < 1.0
+    assert poll.is_alive()
     poll.join()
 
 

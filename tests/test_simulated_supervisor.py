@@ -144,7 +144,13 @@ class FakeZygote:
         self.process = ZygoteProcess(pid=os.getpid(), ticks=0, sock=theirs)
         self._fates = list(fates)
         self._pid = 1000
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.ours.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join(10)
+        self.ours.close()
 
     def _serve(self) -> None:
         wire.send(self.ours, {"event": "ready"})
@@ -182,7 +188,7 @@ def real(scene: Scene, tmp_path: Path) -> tuple[Heard, int]:
     try:
         ending = Supervisor(setup, RealClient(heard), Trainers(0, tmp_path, zygote.process, events), events).run(0)
     finally:
-        zygote.ours.close()
+        zygote.close()
     return heard, ending.returncode
 
 
