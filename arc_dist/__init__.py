@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from arc_dist.data.sampler import SeededSampler
     from arc_dist.inprocess import resilient
     from arc_dist.loop import StepResult
-    from arc_dist.protocol.healing import HealingPolicy, Verdict
+    from arc_dist.protocol.decision import Verdict
+    from arc_dist.protocol.ladder import HealingPolicy
 
 __version__ = "0.1.0"
 
@@ -53,8 +54,8 @@ _LAZY = {
     "resilient": "arc_dist.inprocess",
     "Action": "arc_dist.arc",
     "StepResult": "arc_dist.loop",
-    "Verdict": "arc_dist.protocol.healing",
-    "HealingPolicy": "arc_dist.protocol.healing",
+    "Verdict": "arc_dist.protocol.decision",
+    "HealingPolicy": "arc_dist.protocol.ladder",
     "SeededSampler": "arc_dist.data.sampler",
     "Store": "arc_dist.checkpoint_store.store",
 }

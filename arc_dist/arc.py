@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +20,8 @@ from arc_dist.guard import Guard
 from arc_dist.hooks import StepHooks, managed
 from arc_dist.leaving import leave
 from arc_dist.loop import GuardedLoop, LossFunction, StepResult, check_loss
+from arc_dist.protocol.decision import Rung
 from arc_dist.protocol.flags import Flag
-from arc_dist.protocol.healing import Rung
 from arc_dist.settings import Settings
 from arc_dist.snapshot.state import TrainingState
 
@@ -31,8 +31,9 @@ class Action:
     """What `Arc.step` did about a loss; equal on all ranks.
 
     Attributes:
-        kind: "apply" (go on), "skip" (drop this loss), "rollback" (an older state was restored), "resume" (a state
-            was restored from memory or the store at the start).
+        kind: "apply" (go on), "skip" (drop this loss), "rollback", "checkpoint", "escape" or the name of a rung of the
+            user's own (an older state was restored), "resume" (a state was restored from memory or the store at the
+            start).
         step: updates applied so far.
         reason: why, for the log.
     """
@@ -59,6 +60,8 @@ class Arc:
             ``"/nvme/ckpt, s3://bucket/prefix"`` (see docs/store.md); default ``ARC_STORE``; None keeps none.
         run: name of the run inside the store.
         extras: further objects with ``state_dict``/``load_state_dict`` that are restored together with the rest.
+        on_incident: called with each incident, a mapping as in ``incidents.jsonl``, on rank 0 in a thread of its own.
+            It holds up no step; one that raises is told, and not called again after three times.
         **settings: see `arc_dist.settings.Settings`.
 
     Raises:
@@ -77,6 +80,7 @@ class Arc:
         store: str | os.PathLike[str] | Sequence[str] | None = None,
         run: str = "run",
         extras: Mapping[str, Any] | None = None,
+        on_incident: Callable[[dict[str, Any]], object] | None = None,
         **settings: Any,
     ) -> None:
         known = {field.name for field in dataclasses.fields(Settings)}
@@ -97,6 +101,9 @@ class Arc:
         self._engine = Engine(
             self._state, Settings(**settings), tiers=_tiers(store if store is not None else env.store), run=run, env=env
         )
+        if on_incident is not None and not callable(on_incident):
+            raise ConfigError(f"on_incident must be callable with a mapping, got {type(on_incident).__name__}.")
+        self._engine.on_incident = on_incident
         managed.update(self._state.optimizers)
         self._hooks: StepHooks | None = None
         self._training = False
@@ -192,7 +199,7 @@ class Arc:
         step = self._engine.guard.step
         if decision is None or decision.rung is Rung.APPLY:
             return Action("apply", step)
-        return Action(decision.rung.value, step, decision.reason)
+        return Action(decision.action, step, decision.reason)
 
     def _leave(self, hooks: StepHooks) -> NoReturn:
         try:

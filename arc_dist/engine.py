@@ -30,7 +30,7 @@ from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter, agree, require_equal_settings
 from arc_dist.leaving import Notices, learned, prepare
 from arc_dist.memory import open_ring
-from arc_dist.parallel import Parallelism, ddp_modules, gradients_reach_all, parallelism
+from arc_dist.parallel import Parallelism, gradients_reach_all, needs_warm_up, parallelism
 from arc_dist.protocol.flags import Flag
 from arc_dist.protocol.hangs import Section
 from arc_dist.sections import Sections
@@ -80,6 +80,7 @@ class Engine:
         self.updating = False
         self.between = False  # a step is committed, and nothing of the next has begun
         self.resumed: Resumed | None = None
+        self.on_incident: Callable[[dict[str, Any]], object] | None = None
         self._source: BatchSource | None = None
         self._tiers = tuple(tiers)
         self._run = run
@@ -160,6 +161,8 @@ class Engine:
             on_abandoned=self._abandon,
             is_writing=self._checkpointer.is_writing if self._checkpointer is not None else None,
             sections=self.sections,
+            read_checkpoint=functools.partial(restore.older_checkpoint, self) if store is not None else None,
+            ledger_dir=env.shm_dir if env.supervised else None,
         )
         self.sections.say_sharded(self.parallelism is not Parallelism.REPLICATED)
         self.started = True
@@ -209,7 +212,7 @@ class Engine:
         self.coordinator, close = connect(self.env, self.voter.gather, self.rank, self.world_size)
         self._closers.append(close)
         if self.rank == 0:
-            self._recorder = Recorder(self._send)
+            self._recorder = Recorder(self._send, self.on_incident)
 
     def _send(self, line: dict[str, Any]) -> None:
         if self.env.supervised:
@@ -234,7 +237,7 @@ class Engine:
 
         Args:
             data: positioned at the exact sample too.
-            warm_up: one throw-away forward and backward of a batch, see `_needs_warm_up`.
+            warm_up: one throw-away forward and backward of a batch, see `needs_warm_up`.
         """
         self.guard.data = data
         planned = self.env.plan is not None and self.env.plan["tier"] != "none"
@@ -247,7 +250,7 @@ class Engine:
                 position = found.small["data"]
                 agree(self.voter, lambda: data.resume(position), "the data cannot be resumed")
                 self.accumulate = data.accumulate
-                if warm_up is not None and self._needs_warm_up(found.step):
+                if warm_up is not None and needs_warm_up(self.state.models.values(), self.world_size, found.step):
                     if data.sample is not None:
                         warm_up(data.sample)
                     else:  # an epoch begins here, and no batch of it has been seen
@@ -262,6 +265,8 @@ class Engine:
                 self._checkpointer.committed.append(found.step)
             self.resumed = Resumed(found.step, found.tier, found.ranks)
             logger.info("continuing after step %d, restored from %s", found.step, found.tier)
+        if self.env.supervised and self.env.generation > 0:
+            self.guard.healer.recall()
         self.guard.watch.begin(self.guard.step)
         if self._drainer is not None:
             self._drainer.start()
@@ -286,17 +291,6 @@ class Engine:
         plan = self.env.plan
         if plan is not None and found is not None and self.rank == 0 and found.step != plan["step"]:
             self.tell(lambda: self.coordinator.restored(self.rank, self.env.generation, found.step))
-
-    def _needs_warm_up(self, step: int) -> bool:
-        """DDP sums gradients bucket by bucket, and rebuilds its buckets after the first backward.
-
-        A fresh process that goes on from step > 0 would sum its first step in the order of the first buckets, the
-        undisturbed run in that of the rebuilt ones: not the same bits with three ranks or more. One throw-away forward
-        and backward before the restore makes the order right.
-        """
-        wrappers = [module for model in self.state.models.values() for module in ddp_modules(model)]
-        rebuilds = any(not module.find_unused_parameters for module in wrappers)
-        return rebuilds and self.world_size > 2 and step > 0
 
     def open_data(self, loader: Iterable[Any], *, steps: int | None, epochs: int | None, exact: bool) -> BatchSource:
         """Makes the batch source, and refuses loaders that would leave ranks waiting for each other."""

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from arc_dist.cadence import VoteCadence
-from arc_dist.errors import TrainingStopped
+from arc_dist.healer import Healer
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
-from arc_dist.incident import incident, one_line, weights_digest
 from arc_dist.mean_loss import MeanLoss
 from arc_dist.monitoring import Monitoring, tell
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
@@ -32,15 +31,17 @@ from arc_dist.monitors.base import chosen
 from arc_dist.observed import Observed
 from arc_dist.parallel import gradients_reach_all, is_sharded
 from arc_dist.protection import Protection
-from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
-from arc_dist.protocol.hangs import Section
-from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
+from arc_dist.protocol.decision import Decision
+from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag
+from arc_dist.protocol.healing import History, Mode, healthy
 from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
 from arc_dist.snapshot.state import TrainingState
-from arc_dist.telemetry.log import logger
 from arc_dist.watch import ReplicaWatch, StateWatch
+
+if TYPE_CHECKING:
+    from arc_dist.restore import Found
 
 _FAULTS = int(FAULTS)
 _REQUESTS = int(REQUESTS)
@@ -54,7 +55,8 @@ class DataPort(Protocol):
 
     def position(self) -> dict[str, Any]: ...
     def rewind(self, position: Mapping[str, Any]) -> None: ...
-    def skip(self, ordinal: int) -> None: ...
+    def skip(self, *ordinals: int) -> None: ...
+    def skipped(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,6 +88,7 @@ class Guard:
         on_abandoned: called with (first, last) of the steps up to the newest certified one that a rollback gave up.
         is_writing: whether this rank still writes a checkpoint.
         sections: is told what this rank is doing.
+        read_checkpoint, ledger_dir: see `Healer`.
         restore_rates: False leaves rates, schedulers and RNG alone in a rollback, for scripts that own them.
     """
 
@@ -105,6 +108,8 @@ class Guard:
         on_abandoned: Callable[[int, int], None] | None = None,
         is_writing: Callable[[], bool] | None = None,
         sections: Sections | None = None,
+        read_checkpoint: Callable[[int], Found | None] | None = None,
+        ledger_dir: Path | None = None,
         restore_rates: bool = True,
     ) -> None:
         self.state = state
@@ -117,6 +122,8 @@ class Guard:
         self.furthest = 0  # the highest step ever applied; lower ones are repetitions after a rollback
         self.history = History()
         self.rate = RateScale()
+        self.clip_scale = 1.0
+        self.on_clip_scale: Callable[[float], object] | None = None  # told of each change
         self.sections = sections if sections is not None else Sections(settings.hang_policy, 0.0)
         self.agreed = 0  # requests that all ranks know of
         self._asked = 0  # requests of this rank; they stay up, so a signal in mid-step is not lost
@@ -129,7 +136,6 @@ class Guard:
         self._is_voting = True  # on the step at hand
         self._generation = generation
         self._record = record
-        self._on_abandoned = on_abandoned
         self._is_writing = is_writing
         self._restore_rates = restore_rates
         self._heeded = int(settings.heeded)
@@ -151,7 +157,7 @@ class Guard:
         compares = replicated and gradients_reach_all(state.models.values(), voter.world_size)
         compares = compares and not self._is_alone and "replicas" in chosen(settings.monitors)
         self._replicas = ReplicaWatch(state, settings.compare_replicas_every) if compares else None
-        self.details: list[dict[str, Any]] = []
+        self.healer = Healer(self, ledger_dir=ledger_dir, read_checkpoint=read_checkpoint, on_abandoned=on_abandoned)
         self.protection = Protection(
             state=state,
             settings=settings,
@@ -249,14 +255,28 @@ class Guard:
             self.agreed = merged & _REQUESTS
             faults |= merged & _FAULTS | self._replica_fault()
         if faults:
-            return self._decide(Flag(faults), step)
+            return self.healer.decide(Flag(faults), step)
         if norm is not None and self.monitoring.is_due():
             self._look()
-        history = self.history
-        if history.mode is not Mode.TRAINING or history.skips_in_a_row or history.lr_scale != 1.0:
-            self.history, decision = healthy(self.settings.policy, history, step)
-            self.rate.factor = decision.lr_scale
+        self._pay_back(step)
         return None
+
+    def _pay_back(self, step: int) -> None:
+        """The step is healthy: budgets of the ladder, the rate and the clip come back in time."""
+        history = self.history
+        is_whole = history.lr_scale == 1.0 and history.clip_scale == 1.0
+        if is_whole and history.mode is Mode.TRAINING and not history.skips_in_a_row:
+            return
+        self.history, decision = healthy(self.settings.policy, history, step)
+        self.follow(decision)
+
+    def follow(self, scales: Decision | History) -> None:
+        """Takes over the factors on rate and clip."""
+        self.rate.factor = scales.lr_scale
+        if self.clip_scale != scales.clip_scale:
+            self.clip_scale = scales.clip_scale
+            if self.on_clip_scale is not None:
+                self.on_clip_scale(scales.clip_scale)
 
     def conclude_gradient(self, norm: float, optimizer: int) -> Decision | None:
         """Judges the gradient of one optimizer by itself, in loops that are not ours. Every rank must call it.
@@ -280,7 +300,9 @@ class Guard:
         if not attempt.losses:
             self.agreed = seen & _REQUESTS
         if seen & _FAULTS:
-            return self._decide(Flag(seen & _FAULTS), step)
+            return self.healer.decide(Flag(seen & _FAULTS), step)
+        if not attempt.losses:
+            self._pay_back(step)
         if optimizer == 0 and self.monitoring.is_due():
             self._look()
         return None
@@ -380,50 +402,27 @@ class Guard:
         merged = self.voter.result(self.step)
         if merged & _ALERT:
             self._tell_alerts()
-        if merged & _FAULTS:
-            return self._decide(Flag(merged & _FAULTS), self.step)
+        decision = self.healer.decide(Flag(merged & _FAULTS), self.step) if merged & _FAULTS else None
+        if decision is not None:
+            return decision
         self.protection.seal(self.step)
         return None
 
     # ------------------------------------------------------------------ faults
 
-    def act(self, decision: Decision) -> None:
-        """Carries a decision out; the same on every rank.
+    def act(self, decision: Decision) -> Decision:
+        """See `Healer.act`."""
+        return self.healer.act(decision)
 
-        Raises:
-            TrainingStopped: the ladder has no rung left.
-        """
-        for optimizer in self.state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.mean_loss.settled()
-        self.sections.enter(Section.HEAL)
-        began = time.perf_counter()
-        failed_step = self.step if decision.rung is Rung.APPLY else self.step + 1
-        if self.data is not None and decision.drop_batch:
-            for ordinal in self.attempt.ordinals:
-                self.data.skip(ordinal)
-        if decision.rung is Rung.ROLLBACK:
-            assert decision.restore_step is not None
-            self.restore_memory(decision.restore_step)
-        self.rate.factor = decision.lr_scale
-        self.last_decision = decision
-        self._report(decision, failed_step, time.perf_counter() - began)
-        if decision.rung is Rung.STOP:
-            raise TrainingStopped(
-                f"training stopped at step {failed_step}: {decision.reason}. The newest certified state is step "
-                f"{max(self.protection.certified_steps(), default=None)}. Look at the batches and ranks named in the "
-                "report.",
-                step=failed_step,
-            )
+    def record(self, **fields: Any) -> None:
+        """Hands an incident on."""
+        if self._record is not None:
+            self._record(generation=self._generation, **fields)
 
-    def restore_memory(self, step: int) -> None:
-        """Restores the snapshot of `step` in place, bit for bit, with everything that belongs to it."""
-        newest = max(self.protection.certified_steps())
-        if newest > step and self._on_abandoned is not None:
-            self._on_abandoned(step + 1, newest)
-        specs, tensors, small = self.protection.take_out(step)
-        self.load(specs, tensors, small, cold=False)
-        self.ring.drop_after(step)
+    def state_was_changed(self) -> None:
+        """Healing changed weights or optimizer state on purpose: what monitors remember of them is no measure now."""
+        self.watch.load_state_dict({**self.watch.probe.state_dict(), "norms": {}})
+        self.monitoring.load_state_dict(self.monitoring.state_dict())
 
     def load(self, specs: Sequence[Any], tensors: Sequence[torch.Tensor], small: dict[str, Any], *, cold: bool) -> None:
         """Loads a snapshot or checkpoint.
@@ -453,52 +452,6 @@ class Guard:
         for cadence, state in zip(cadences, theirs, strict=True):
             cadence.adopt(state)
 
-    def _decide(self, faults: Flag, step: int) -> Decision:
-        """The slow path: details of all ranks, then the pure decision. Every rank gets here together."""
-        self.watch.follow()
-        local = [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
-        corrupt = self.watch.scan()
-        local += [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
-        local = [dataclasses.asdict(finding) for finding in self.monitoring.take_findings()] + local
-        attempt = self.attempt
-        mine = {
-            "rank": self.voter.rank,
-            "flags": names(Flag(attempt.flags & _FAULTS)),
-            "ballot": attempt.flags & _FAULTS,
-            "voids_gradient": attempt.voids_gradient,
-            "losses": attempt.losses,
-            "grad_norm": attempt.norm,
-            "batches": attempt.ordinals,
-            "tensors": [{**finding, "flag": names(finding["flag"])} for finding in local][:8],
-            "learning_rate": self.rate_monitor.offender if attempt.flags & Flag.LEARNING_RATE else None,
-            "corrupt": bool(corrupt),
-            "certified": self.protection.certified_steps(),
-            "weights": weights_digest(self.state) if self.replicated else None,
-        }
-        self.details = self.voter.gather(mine, step)
-        if any(theirs["voids_gradient"] for theirs in self.details):
-            faults &= ~Flag.GRAD_NONFINITE  # it was how that rank told the others of its ballot
-        for theirs in self.details:
-            faults |= Flag(theirs["ballot"])
-        certified = set(self.details[0]["certified"]).intersection(*(theirs["certified"] for theirs in self.details))
-        evidence = Evidence(
-            step=step,
-            flags=faults,
-            state_corrupt=any(theirs["corrupt"] for theirs in self.details)
-            or len({theirs["weights"] for theirs in self.details}) > 1,
-            certified=tuple(sorted(certified, reverse=True)),
-        )
-        self.history, decision = decide(self.settings.policy, self.history, evidence)
-        return decision
-
-    def _report(self, decision: Decision, failed_step: int, seconds: float) -> None:
-        if self.voter.rank != 0:
-            return
-        fields = incident(self.details, decision, failed_step, seconds)
-        logger.warning("%s", one_line(fields))
-        if self._record is not None:
-            self._record(generation=self._generation, **fields)
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -506,6 +459,7 @@ class Guard:
             "step": self.step,
             "furthest": self.furthest,
             "history": self.history.as_dict(),
+            "account": list(self.healer.account),
             "loss": self.loss_monitor.state_dict(),
             "reduced_loss": self.reduced_loss_monitor.state_dict(),
             "gradient": [monitor.state_dict() for monitor in self.gradient_monitors],
@@ -524,7 +478,8 @@ class Guard:
         if with_history:
             self.furthest = state["furthest"]
             self.history = History.from_dict(state["history"])
-            self.rate.factor = self.history.lr_scale
+            self.healer.account = list(state.get("account", ()))
+            self.follow(self.history)
         self.loss_monitor.load_state_dict(state["loss"])
         self.reduced_loss_monitor.load_state_dict(state["reduced_loss"])
         for monitor, saved in zip(self.gradient_monitors, state["gradient"], strict=True):

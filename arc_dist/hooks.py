@@ -24,8 +24,8 @@ from arc_dist.coordinator.client import CoordinatorClient
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter
 from arc_dist.parallel import Parallelism, clip_or_measure, parallelism
+from arc_dist.protocol.decision import Decision, Rung
 from arc_dist.protocol.hangs import HangPolicy, Section
-from arc_dist.protocol.healing import Decision, Rung
 from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.layout import Phase, StatusPage
@@ -172,7 +172,7 @@ class StepHooks:
         self._guard.begin_vote((loss,), ())
         decision = self._guard.conclude(None)
         if decision is not None:
-            self._guard.act(decision)
+            decision = self._guard.act(decision)
         self._guard.sections.enter(Section.SCRIPT)
         return decision
 

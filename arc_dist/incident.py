@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arc_dist.protocol.healing import Decision
+from arc_dist.protocol.decision import Decision
 from arc_dist.protocol.replicas import odd_ones
 from arc_dist.snapshot.state import TrainingState
 

@@ -16,9 +16,9 @@ from arc_dist.engine import Engine
 from arc_dist.errors import ConfigError
 from arc_dist.leaving import leave
 from arc_dist.parallel import Clipper, GradientSync, Parallelism
+from arc_dist.protocol.decision import Decision, Rung, Verdict
 from arc_dist.protocol.flags import Flag
 from arc_dist.protocol.hangs import Section
-from arc_dist.protocol.healing import Decision, Rung, Verdict
 from arc_dist.telemetry.log import logger
 
 _PREEMPT = int(Flag.PREEMPT)
@@ -48,7 +48,8 @@ class StepResult(NamedTuple):
         loss: this rank's loss, the mean over its micro-batches.
         grad_norm: L2 norm of the gradient before clipping (of this rank's shards under FSDP2 without clipping).
         verdict: HEALTHY, or the worst verdict since the result before this one.
-        action: what was done since the result before this one ("skip", "rollback"), or "apply".
+        action: what was done since the result before this one ("skip", "rollback", "checkpoint", "escape" or the name
+            of a rung of the user's own), or "apply".
         reason: why, when something was done.
         repeated: the step had been committed before and was done again after a rollback or a restart.
         epoch: of the step's last batch, from 0.
@@ -87,6 +88,7 @@ class GuardedLoop:
         self._sync = GradientSync(engine.state.models.values())
         sharded = engine.parallelism is Parallelism.SHARDED
         self._clip = Clipper(engine.trained_parameters(), self._settings.max_grad_norm, sharded=sharded)
+        engine.guard.on_clip_scale = self._clip.tighten
         self._trouble: Decision | None = None  # the worst decision since the last result
         self._epoch_losses: list[float] = []
         self._exhausted = False
@@ -132,7 +134,7 @@ class GuardedLoop:
                 yield result
 
     def warm_up(self, batch: Any) -> None:
-        """One forward and backward whose results are thrown away; see `Engine._needs_warm_up`."""
+        """One forward and backward whose results are thrown away; see `needs_warm_up`."""
         with self._sync.micro_batch(last=True):
             self._loss_fn(batch).backward()
         self._zero_grad()
@@ -164,7 +166,7 @@ class GuardedLoop:
         verdict, action, reason = Verdict.HEALTHY, _APPLY, ""
         if self._trouble is not None:
             trouble, self._trouble = self._trouble, None
-            verdict, action, reason = trouble.verdict, trouble.rung.value, trouble.reason
+            verdict, action, reason = trouble.verdict, trouble.action, trouble.reason
         step = guard.step
         timings = Timings(fetched - began, computed - fetched, judged - computed, updated - judged)
         return StepResult(
@@ -285,9 +287,9 @@ class GuardedLoop:
     # ------------------------------------------------------------------ faults and ends
 
     def _heal(self, decision: Decision) -> None:
+        decision = self._guard.act(decision)
         if self._trouble is None or decision.verdict is Verdict.FAILURE:
             self._trouble = decision
-        self._guard.act(decision)
         self._engine.went_elsewhere()
         self._epoch_losses.clear()
         self._exhausted = False

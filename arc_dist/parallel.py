@@ -40,6 +40,18 @@ def parallelism(models: Iterable[nn.Module], world_size: int) -> Parallelism:
     return Parallelism.UNKNOWN
 
 
+def needs_warm_up(models: Iterable[nn.Module], world_size: int, step: int) -> bool:
+    """Whether a fresh process that goes on from `step` needs one throw-away forward and backward before it.
+
+    DDP sums gradients bucket by bucket, and rebuilds its buckets after the first backward. A fresh process that goes on
+    from step > 0 would sum its first step in the order of the first buckets, the undisturbed run in that of the rebuilt
+    ones: not the same bits with three ranks or more. A throw-away pass makes the order right.
+    """
+    wrappers = [module for model in models for module in ddp_modules(model)]
+    rebuilds = any(not module.find_unused_parameters for module in wrappers)
+    return rebuilds and world_size > 2 and step > 0
+
+
 def is_sharded(models: Iterable[nn.Module]) -> bool:
     """Whether any parameter is a DTensor."""
     return any(isinstance(parameter, DTensor) for model in models for parameter in model.parameters())
@@ -113,10 +125,15 @@ class Clipper:
 
     def __init__(self, parameters: Sequence[torch.Tensor], max_norm: float | None, *, sharded: bool) -> None:
         self._parameters = parameters
-        self._max_norm = max_norm
+        self._given = max_norm
         self._sharded = sharded
         is_uniform = len({(parameter.device.type, parameter.dtype) for parameter in parameters}) == 1
         self._is_on_host = is_uniform and not sharded and parameters[0].device.type == "cpu"
+        self.tighten(1.0)
+
+    def tighten(self, factor: float) -> None:
+        """From now on clips to `factor` times the norm that was given, if one was."""
+        self._max_norm = max_norm = None if self._given is None else self._given * factor
         # Torch's coefficient is max_norm / (norm + 1e-6). Below this it is at least 1, also after rounding to bfloat16.
         self._unclipped = math.inf if max_norm is None else 0.99 * max_norm - 1e-6
 

@@ -19,7 +19,7 @@ from arc_dist.checkpoint_store.format import TensorSpec
 from arc_dist.checkpoint_store.progress import Progress
 from arc_dist.checkpoint_store.tiers import Tiers
 from arc_dist.data.position import read_mark
-from arc_dist.errors import ArcError, CheckpointMismatch, StoreCorrupt
+from arc_dist.errors import ArcError, CheckpointMismatch, PeerLost, StoreCorrupt
 from arc_dist.healing.vote import agree
 from arc_dist.peers.fetch import give_back
 from arc_dist.snapshot.record import StepRecord
@@ -168,6 +168,22 @@ def _from_store(engine: Engine, store: Tiers, plan: dict[str, Any]) -> Found | N
         f"none of the {len(listed) + len(damaged)} committed checkpoints in {store.url} can be read whole. Run "
         f"`arc verify {store.url}` to see what is damaged, or give a new run name (Arc(run=...)) to start afresh."
     )
+
+
+def older_checkpoint(engine: Engine, before: int) -> Found | None:
+    """The newest whole checkpoint of a step before `before`, or None. Every rank must call this; it blocks.
+
+    Raises:
+        PeerLost: a rank is gone. Everything else that goes wrong does so on all ranks alike, and gives None.
+    """
+    assert engine.store is not None
+    try:
+        return _from_store(engine, engine.store, {"poisoned": [], "step": before - 1})
+    except PeerLost:
+        raise
+    except ArcError as error:
+        logger.warning("no checkpoint before step %d can be restored: %s", before, error)
+        return None
 
 
 def _listing(

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from arc_dist.errors import ConfigError
+from arc_dist.healing.rungs import require_known
 from arc_dist.monitors.base import build, chosen
 from arc_dist.protocol.flags import FAULTS, NO_FLAGS, Flag
 from arc_dist.protocol.hangs import HangPolicy
-from arc_dist.protocol.healing import HealingPolicy
+from arc_dist.protocol.ladder import HealingPolicy
 from arc_dist.snapshot.form import Form
 
 
@@ -45,7 +46,7 @@ class Settings:
         save_timeout_s: how long a rank's part of a checkpoint may take to be written to one tier, in seconds.
         dedup: refer to tensors that did not change since the newest checkpoint instead of writing them again (see
             `checkpoint_store.Store`).
-        policy: budgets of the healing ladder.
+        policy: the healing ladder and its budgets (docs/healing.md).
         ignore: names of flags that are never raised, such as ("grad_vanishing",).
         loss_explosion_sigmas, grad_explosion_factor: thresholds of the monitors.
         reduce_loss_every: updates between two judgements of the loss averaged over ranks.
@@ -134,6 +135,8 @@ class Settings:
         _require(
             "stray_writes", self.stray_writes, self.stray_writes in ("alert", "rollback"), "one of alert, rollback"
         )
+        _require("policy", self.policy, isinstance(self.policy, HealingPolicy), "a HealingPolicy")
+        require_known(self.policy.ladder)
         build(chosen(self.monitors), self.monitor_options)  # refuses unknown names and options
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)
@@ -167,7 +170,7 @@ class Settings:
 
     def comparable(self) -> dict[str, Any]:
         """What must be equal on all ranks, JSON-able."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "policy_class": type(self.policy).__qualname__}
 
 
 def _require(name: str, value: object, holds: bool, rule: str) -> None:

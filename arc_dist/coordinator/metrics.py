@@ -41,6 +41,12 @@ def render(facts: Facts, board: Reading) -> str:
     page.counter("arc_restarts_total", "Generations started again after a failure.", job.ledger.restarts)
     page.counter("arc_skips_total", "Updates that all ranks skipped.", board.by_action.get("skip", 0))
     page.counter("arc_rollbacks_total", "Rollbacks in memory.", board.by_action.get("rollback", 0))
+    page.family(
+        "arc_actions_total",
+        "counter",
+        "What was done about incidents.",
+        [({"action": action}, count) for action, count in sorted(board.by_action.items())],
+    )
     stored = Counter(entry.url for entry in job.known.committed)
     page.family(
         "arc_checkpoints_committed",

@@ -451,14 +451,14 @@ class BatchSource:
 
     # ------------------------------------------------------------------ skipping and keeping
 
-    def skip(self, ordinal: int) -> None:
-        """A batch that is never given again: not in a replay, and not after a restart from a later position.
+    def skip(self, *ordinals: int) -> None:
+        """Batches that are never given again: not in a replay, and not after a restart from a later position.
 
         Skips are not undone by `rewind`: they are what healing learned, and outlive the state that is rolled back.
         """
-        if ordinal < 0:
-            raise ConfigError(f"batch {ordinal} cannot be skipped. Ordinals are 0 or more.")
-        self._skips |= {ordinal}
+        if min(ordinals, default=0) < 0:
+            raise ConfigError(f"batch {min(ordinals)} cannot be skipped. Ordinals are 0 or more.")
+        self._skips |= set(ordinals)
         self._count()
 
     @property

@@ -6,6 +6,7 @@ above: the loop in the rank, the supervisor beside it, the coordinator's service
 
 ===================  ==================================================================================
 `flags`, `healing`   a rank's ballot, the vote, and the ladder of actions inside a generation
+`ladder`             the policy that the ladder follows
 `generations`        the life of a job: which processes may run, when they must end, when the job is over
 `job`, `events`      its state, and the vocabulary of what is heard and done
 `budgets`            why a generation ended, who is to blame, and whether another attempt is worth while

@@ -18,7 +18,9 @@ from arc_dist.errors import ArcError
 from arc_dist.telemetry.log import logger
 
 INCIDENTS_FILE = "incidents.jsonl"
+NOT_INCIDENTS = frozenset({"progress", "resumed", "started", "finished"})
 _MAX_QUEUED = 1000
+_MAX_LISTENER_FAULTS = 3
 
 
 def append_line(run_dir: Path, line: dict[str, Any]) -> None:
@@ -33,10 +35,18 @@ class Recorder:
 
     Args:
         send: delivers one line; may raise `ArcError` or `OSError`, which is logged once.
+        listener: the user's; called with each incident, in the recorder's thread. One that raises a third time is not
+            called again.
     """
 
-    def __init__(self, send: Callable[[dict[str, Any]], object]) -> None:
+    def __init__(
+        self,
+        send: Callable[[dict[str, Any]], object],
+        listener: Callable[[dict[str, Any]], object] | None = None,
+    ) -> None:
         self._send = send
+        self._listener = listener
+        self._listener_faults = 0
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_QUEUED)
         self._thread: threading.Thread | None = None
         self._failed = False
@@ -67,3 +77,15 @@ class Recorder:
                 if not self._failed:
                     logger.warning("incidents cannot be recorded: %s", error)
                 self._failed = True
+            if self._listener is not None and line.get("kind") not in NOT_INCIDENTS:
+                self._let_know(self._listener, line)
+
+    def _let_know(self, listener: Callable[[dict[str, Any]], object], line: dict[str, Any]) -> None:
+        try:
+            listener(line)
+        except Exception as error:  # noqa: BLE001 - the user's; it must not end the thread that records
+            self._listener_faults += 1
+            logger.warning("on_incident raised %s: %s", type(error).__name__, error)
+            if self._listener_faults >= _MAX_LISTENER_FAULTS:
+                logger.warning("on_incident is not called any more after %d errors", self._listener_faults)
+                self._listener = None

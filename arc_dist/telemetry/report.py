@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from arc_dist.errors import ConfigError
-from arc_dist.telemetry.recorder import INCIDENTS_FILE
+from arc_dist.telemetry.recorder import INCIDENTS_FILE, NOT_INCIDENTS
 
 _COLUMNS = ("step", "incident", "rank", "seen by", "after", "action", "steps lost", "back after")
 _MAX_CAUSE_CHARS = 72
-_NOT_INCIDENTS = {"progress", "resumed", "started", "finished"}
 
 
 def read_lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -45,7 +44,7 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Goodput is useful time / wall time: (steps gained x median step time) / (last line - first line).
     """
-    incidents = [dict(line) for line in lines if line.get("kind") not in _NOT_INCIDENTS]
+    incidents = [dict(line) for line in lines if line.get("kind") not in NOT_INCIDENTS]
     resumed = [line for line in lines if line.get("kind") == "resumed"]
     for incident in incidents:
         _attach_resumption(incident, resumed)
