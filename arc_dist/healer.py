@@ -59,7 +59,7 @@ class Healer:
         self._on_abandoned = on_abandoned
         self._lazy = [begins_empty(optimizer) for optimizer in guard.state.optimizers]
         self._evidence: Evidence | None = None
-        self._details: list[dict[str, Any]] = []
+        self.details: list[dict[str, Any]] = []
         self.account: list[dict[str, Any]] = []  # what was done in the run, the newest last
 
     # ------------------------------------------------------------------ deciding
@@ -70,17 +70,17 @@ class Healer:
         Returns None when the update is to be applied all the same.
         """
         guard = self._guard
-        self._details = guard.voter.gather(self._findings(), step)
-        if any(theirs["voids_gradient"] for theirs in self._details):
+        self.details = guard.voter.gather(self._findings(), step)
+        if any(theirs["voids_gradient"] for theirs in self.details):
             faults &= ~Flag.GRAD_NONFINITE  # it was how that rank told the others of its ballot
-        for theirs in self._details:
+        for theirs in self.details:
             faults |= Flag(theirs["ballot"])
-        certified = set(self._details[0]["certified"]).intersection(*(theirs["certified"] for theirs in self._details))
+        certified = set(self.details[0]["certified"]).intersection(*(theirs["certified"] for theirs in self.details))
         evidence = Evidence(
             step=step,
             flags=faults,
-            state_corrupt=any(theirs["corrupt"] for theirs in self._details)
-            or len({theirs["weights"] for theirs in self._details}) > 1,
+            state_corrupt=any(theirs["corrupt"] for theirs in self.details)
+            or len({theirs["weights"] for theirs in self.details}) > 1,
             certified=tuple(sorted(certified, reverse=True)),
             has_store=self._read_checkpoint is not None,
         )
@@ -306,7 +306,7 @@ class Healer:
         guard = self._guard
         if guard.voter.rank != 0:
             return
-        fields = incident(self._details, decision, failed_step, seconds)
+        fields = incident(self.details, decision, failed_step, seconds)
         fields |= {"rung": decision.name, "mode": guard.history.mode.value, "changed": changed}
         if decision.rung is Rung.STOP:
             fields["tried"] = list(self.account)

@@ -76,7 +76,7 @@ def fault_body(rank, world_size, toy, hurt):
     for step in job.steps:
         replicas.append(job.replica())
         if step.action != "apply":
-            details = job.arc._engine.guard.details
+            details = job.arc._engine.guard.healer.details
             told.append((step.action, [theirs["flags"] for theirs in details]))
     return fired, told, replicas, job.digest(), job.arc._engine.guard.vote_cadence.every
 
