@@ -36,7 +36,7 @@ def incident(
         "ranks": [theirs["rank"] for theirs in blamed],
         "seen_by": "vote" if any(theirs["flags"] for theirs in details) else "gradient norm, on every rank",
         "seen_after": "same step",
-        "action": decision.rung.value,
+        "action": decision.action,
         "restored_step": restored,
         "steps_lost": 0 if restored is None else failed_step - 1 - restored,
         "resumed_after_s": seconds,

@@ -108,9 +108,9 @@ def test_only_trained_floating_parameters_are_changed():
     class Mixed(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.half = torch.nn.Parameter(torch.full((64, 8), 1.0, dtype=torch.bfloat16))
-            self.double = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))
-            self.complex = torch.nn.Parameter(torch.ones(8, dtype=torch.complex64))
+            self.bf16 = torch.nn.Parameter(torch.full((64, 8), 1.0, dtype=torch.bfloat16))
+            self.f64 = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))
+            self.c64 = torch.nn.Parameter(torch.ones(8, dtype=torch.complex64))
             self.scalar = torch.nn.Parameter(torch.tensor(2.0))
             self.zeros = torch.nn.Parameter(torch.zeros(8))
             self.empty = torch.nn.Parameter(torch.zeros(0, 4))
@@ -121,7 +121,7 @@ def test_only_trained_floating_parameters_are_changed():
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     escape.perturb(state_of(model), alone, scale=0.1, seed="x")
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"half", "double", "complex", "scalar"}
+    assert changed == {"bf16", "f64", "c64", "scalar"}
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 

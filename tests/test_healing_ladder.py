@@ -102,7 +102,7 @@ def persistent_body(rank, world_size, toy, store):
     fired = 0
     try:
         for step in watched.job.steps:
-            if step.number == 10 and not step.repeated:
+            if step.number == 14 and not step.repeated:
                 watched.commits(10)
             if step.number == AT - 1 and rank == world_size - 1:
                 hurt(watched.job.model)
@@ -156,7 +156,7 @@ def transient_body(rank, world_size, toy, root, depths):
         fired, replicas = 0, []
         for step in watched.job.steps:
             replicas.append((step.number, watched.job.replica()))
-            if step.number == 10 and not step.repeated:
+            if step.number == 14 and not step.repeated:
                 watched.commits(10)
             if step.number == AT - 1 and len(watched.acted) < depth:
                 fired += 1
@@ -169,10 +169,11 @@ def transient_body(rank, world_size, toy, root, depths):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("depths", [[4, 7], pytest.param([1, 2, 3, 5, 6, 8], marks=pytest.mark.soak)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_that_ends_after_some_rungs_is_trained_through(kind, tmp_path):
-    depths = [2, 4, 6, 7]
-    outcomes = launch(kind, transient_body, str(tmp_path), depths)
+def test_a_fault_that_ends_after_some_rungs_is_trained_through(kind, depths, tmp_path):
+    outcomes = launch(kind, transient_body, str(tmp_path), depths, timeout_s=300.0)
     for index, depth in enumerate(depths):
         runs = [outcome[index] for outcome in outcomes]
         for fired, acted, ends, replicas, skipped in runs:

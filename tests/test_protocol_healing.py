@@ -198,6 +198,13 @@ def test_a_cut_is_given_back_by_a_ramp_after_a_healthy_stretch():
     assert (history.lr_scale, history.clip_scale) == (1.0, 1.0), "exactly, so that the run is bitwise again"
 
 
+def test_nothing_is_given_back_before_progress():
+    history, _ = decide(POLICY, History(), fault(5000, Flag.REDUCED_LOSS_EXPLOSION))
+    for step in range(41, 41 + 3 * POLICY.lr_restore_after):
+        history, decision = healthy(POLICY, history, step)
+        assert (decision.lr_scale, decision.clip_scale) == (0.5, 0.5)
+
+
 def test_a_fault_interrupts_the_ramp():
     history = History(lr_scale=0.5, healthy_in_a_row=POLICY.lr_restore_after + 10)
     history, _ = decide(POLICY, history, fault(51))

@@ -126,13 +126,14 @@ def healthy(policy: HealingPolicy, history: History, step: int) -> tuple[History
     in_a_row = history.healthy_in_a_row + 1
     is_climbing = history.mode in (Mode.RECOVERING, Mode.ESCAPING)
     progressed = is_climbing and step >= history.furthest_fault + policy.progress_steps
+    mode = TRANSITIONS[history.mode][Event.PROGRESS if progressed else Event.HEALTHY]
     lr_scale, clip_scale = history.lr_scale, history.clip_scale
-    if in_a_row > policy.lr_restore_after:
+    if mode is Mode.TRAINING and in_a_row > policy.lr_restore_after:
         lr_scale = _given_back(lr_scale, policy.lr_cut, policy.ramp_steps)
         clip_scale = _given_back(clip_scale, policy.clip_cut, policy.ramp_steps)
     after = dataclasses.replace(
         history,
-        mode=TRANSITIONS[history.mode][Event.PROGRESS if progressed else Event.HEALTHY],
+        mode=mode,
         tried=() if progressed else history.tried,
         restored_step=None if progressed else history.restored_step,
         skips_in_a_row=0,

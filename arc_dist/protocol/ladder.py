@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from arc_dist.protocol.flags import Flag
 
@@ -59,7 +60,7 @@ class HealingPolicy:
         progress_steps: healthy steps beyond the furthest fault that count as progress.
         lr_cut: factor on the learning rate at a softened rung; 1.0 never cuts.
         lr_floor: the product of all cuts never falls below this.
-        lr_restore_after: healthy steps in a row after which cuts begin to be given back.
+        lr_restore_after: healthy steps in a row, progress included, after which cuts begin to be given back.
         ramp_steps: healthy steps over which one cut is given back, in equal parts.
         clip_cut: factor on `max_grad_norm` at a softened rung; 1.0 never cuts.
         clip_floor: the product of all cuts of the clip never falls below this.
@@ -106,14 +107,15 @@ class HealingPolicy:
             self._require(floor, holds, f"at most {cut} ({getattr(self, cut)}), or no cut could be made")
 
     def _require_ladder(self) -> None:
-        ladder = self.ladder
-        named = isinstance(ladder, tuple) and all(isinstance(name, str) and name.isidentifier() for name in ladder)
+        given = cast("object", self.ladder)  # users may give anything
+        parts = cast("tuple[object, ...]", given) if isinstance(given, tuple) else (None,)
+        named = all(isinstance(name, str) and name.isidentifier() for name in parts)
         self._require("ladder", named, "a tuple of names of rungs")
-        self._require("ladder", SKIP not in ladder[1:], "a ladder that has 'skip' once and first, or not at all")
-        skips = SKIP in ladder and max(self.max_consecutive_skips, self.max_explosion_skips) > 0
-        restores = self.max_rollbacks > 0 and any(name != SKIP for name in ladder)
+        self._require("ladder", SKIP not in self.ladder[1:], "a ladder that has 'skip' once and first, or not at all")
+        skips = SKIP in self.ladder and max(self.max_consecutive_skips, self.max_explosion_skips) > 0
+        restores = self.max_rollbacks > 0 and any(name != SKIP for name in self.ladder)
         self._require("ladder", skips or restores, "a ladder with a rung that has a budget: there is no rung left")
-        if "escape" in ladder:
+        if "escape" in self.ladder:
             changes = self.reset_moments or self.perturbation_scale > 0 or self.skip_ahead_steps > 0
             self._require("ladder", changes, "without 'escape' where reset_moments, noise and skipping ahead are off")
 
