@@ -1,7 +1,7 @@
 """The nightmare suite: sixteen faults, once and for ever, in one process, under DDP and under FSDP2; guarded and not.
 
-Each fault strikes the last rank alone at step 50 of 100 (what every rank sees after a reduction strikes all alike). The same
-checks run on both arms. "recovered": the run reached its last step, every weight is finite, replicas are equal, and the
+Each fault strikes the last rank alone at step 50 of 100; what a reduction spreads reaches all. The same checks run on
+both arms. "recovered": the run reached its last step, every weight is finite, replicas are equal, and the
 held-out loss is at most 5 % above that of the twin which nothing struck. "stopped": `TrainingStopped`, on every rank.
 A transient fault has to be recovered from; a persistent one recovered from or stopped clearly. "harmless" is a fault
 after which the unguarded arm recovers too.
@@ -124,7 +124,7 @@ NIGHTMARE = [
 
 
 class Task:
-    """A noisy regression by a small network; each rank has samples of its own, all are judged by the same held-out set."""
+    """A noisy regression; each rank has samples of its own, all are judged by the same held-out ones."""
 
     def __init__(self, seed: int, rank: int) -> None:
         teacher = torch.Generator().manual_seed(seed)
@@ -157,7 +157,7 @@ class Run:
         elif kind == "fsdp":
             for layer in (model[0], model[2], model[4]):
                 fully_shard(layer)
-            self.model = fully_shard(model)
+            fully_shard(model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
         self.guarded = guarded
         self.striking = False
@@ -180,8 +180,13 @@ class Run:
     def _loss(self, batch: Any, step: int) -> Loss:
         x, y = batch
         fault = self.fault
-        strikes = fault is not None and (fault.loss is not None or fault.gradient is not None)
-        self.striking = strikes and step >= AT and self.left > 0 and fault.hurts(step, self.generator)
+        self.striking = (
+            fault is not None
+            and (fault.loss is not None or fault.gradient is not None)
+            and step >= AT
+            and self.left > 0
+            and fault.hurts(step, self.generator)
+        )
         if self.striking and fault is not None:
             self.left -= 1
             self.fired += 1
@@ -225,8 +230,13 @@ class Run:
             finite = all(bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
             digest = sum(float(local(p).double().sum()) for p in self.model.parameters())
         return {
-            "stopped": stopped, "last": last, "held_out": held_out, "finite": finite, "digest": digest, "fired": self.fired
-        }  # fmt: skip
+            "stopped": stopped,
+            "last": last,
+            "held_out": held_out,
+            "finite": finite,
+            "digest": digest,
+            "fired": self.fired,
+        }
 
 
 def judge(outcomes: Sequence[dict[str, Any]], twin: float, kind: str) -> str:

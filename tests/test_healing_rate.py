@@ -104,7 +104,7 @@ def healed_run(rank, world_size, kind, name, fails):
 
 
 def healed_body(rank, world_size, kind, fails):
-    return {name: healed_run(rank, world_size, kind, name, fails) for name in HEALED}
+    return {name: [healed_run(rank, world_size, kind, name, n) for n in (0, fails)] for name in HEALED}
 
 
 def factors(numbers, cuts):
@@ -126,20 +126,23 @@ def factors(numbers, cuts):
     return found
 
 
-@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
-@pytest.mark.parametrize("fails", [1, 3])
-def test_after_healing_the_rate_is_what_policy_and_scheduler_say_at_every_later_step(kind, fails):
-    def run(fails):
-        if kind == "single":
-            return [healed_body(0, 1, kind, fails)]
-        return run_ranks(2, healed_body, kind, fails)
+SOME = [("single", 1), ("single", 3), ("ddp", 3), ("fsdp", 3)]
+REST = [pytest.param(kind, fails, marks=pytest.mark.soak) for kind in ("ddp", "fsdp") for fails in (1, 2)]
 
-    outcomes = run(fails)
-    assert all(left == 0 for left, _ in outcomes[-1].values()), "the faults must have fired"
-    for healthy, healed in zip(run(0), outcomes):
-        for name in HEALED:
-            schedule = dict(healthy[name][1])
-            used = healed[name][1]
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("kind", "fails"), [*SOME, *REST])
+def test_after_healing_the_rate_is_what_policy_and_scheduler_say_at_every_later_step(kind, fails):
+    if kind == "single":
+        outcomes = [healed_body(0, 1, kind, fails)]
+    else:
+        outcomes = run_ranks(2, healed_body, kind, fails, timeout_s=200.0)
+    assert all(left == 0 for _, (left, _) in outcomes[-1].values()), "the faults must have fired"
+    for found in outcomes:
+        for name, ((_, healthy), (_, used)) in found.items():
+            schedule = dict(healthy)
+            assert len(schedule) == 110
             numbers = [number for number, _ in used]
             assert numbers[:32] == list(range(1, 33)) and numbers[-1] == 110 and len(numbers) == 110 + 2 * fails
             expected = factors(numbers, fails)
