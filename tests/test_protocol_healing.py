@@ -138,6 +138,16 @@ def test_the_ladder_may_be_chosen_by_the_fault():
     assert decision.rung is Rung.ESCAPE
 
 
+def test_the_policys_own_choice_is_its_ladder():
+    assert POLICY.ladder_for(fault(51)) == POLICY.ladder
+
+
+def test_a_ladder_without_a_rung_for_the_fault_stops():
+    history, decision = decide(HealingPolicy(ladder=("replay",)), History(), fault(51))
+    assert (decision.rung, decision.action, history.mode) == (Rung.STOP, "stop", Mode.STOPPED)
+    assert "the ladder has no rung for it" in decision.reason
+
+
 def test_an_explosion_that_goes_on_is_rolled_back_with_a_cut():
     history = History()
     for _ in range(POLICY.max_explosion_skips):
