@@ -58,6 +58,7 @@ class CoordinatorHost:
         self._coordinator: Coordinator | None = None
         self._server: CoordinatorServer | None = None
         self._asked_at = time.monotonic()
+        self._started_at = time.time()
         if idle_limit_s:
             threading.Thread(target=self._watch, args=(idle_limit_s,), name="arc-idle", daemon=True).start()
 
@@ -98,10 +99,11 @@ class CoordinatorHost:
             return self._endpoint()
 
     def about(self) -> dict[str, Any]:
-        """For people: where it runs, and the state of its job."""
+        """For people: where it runs, since when (seconds since 1970), and the state of its job."""
         with self._guard:
             coordinator, server = self._coordinator, self._server
             about: dict[str, Any] = {"job_id": self._job_id, "node": os.uname().nodename, "pid": os.getpid()}
+            about["started_at"] = self._started_at
             if coordinator is not None and server is not None:
                 facts = coordinator.call("status", {})
                 about |= {"url": server.address, "epoch": coordinator.epoch, "phase": facts["phase"]}

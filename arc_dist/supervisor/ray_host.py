@@ -27,7 +27,7 @@ from arc_dist.coordinator.endpoint import Endpoint
 from arc_dist.coordinator.hosting import HostSpec
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
-from arc_dist.errors import ArcError, ConfigError, CoordinatorUnavailable
+from arc_dist.errors import ArcError, ConfigError, CoordinatorUnavailable, Deposed
 from arc_dist.supervisor.ray_link import Link
 from arc_dist.supervisor.rendezvous import host_identity
 from arc_dist.telemetry.log import logger
@@ -185,7 +185,11 @@ class RayHost:
 
     def _tend_link(self) -> None:
         is_wanted = self._standing_in is None and not self._is_final
-        if self._link is not None or not is_wanted or time.monotonic() < self._retry_at:
+        if is_wanted and time.monotonic() >= self._retry_at:
+            self._start_link()
+
+    def _start_link(self) -> None:
+        if self._link is not None:
             return
         self._links += 1
         number = self._links
@@ -316,7 +320,9 @@ class RayHost:
     def _end(self) -> None:
         """Ends the actor, when it is this node's to end, and the bridge; and what stood in."""
         deadline = time.monotonic() + _STOP_LIMIT_S
-        if self._link is not None and self._spec is not None:
+        if self._owns_actor():
+            self._start_link()  # unless there is one
+            assert self._link is not None
             self._link.stop()
             is_over = False
             while not is_over and time.monotonic() < deadline:
@@ -330,6 +336,18 @@ class RayHost:
             coordinator, server = self._standing_in
             server.close()
             coordinator.close()
+
+    def _owns_actor(self) -> bool:
+        """Whether there may be an actor that is this process's to end."""
+        if self._spec is None or not self._is_connected:
+            return False
+        try:
+            self._spec.check_mark()
+        except Deposed:
+            return False  # a later start of the job has it
+        except ConfigError as error:
+            logger.debug("%s", error)
+        return True
 
     def _drop_link(self) -> None:
         if self._link is not None:
