@@ -3,7 +3,7 @@
 ::
 
     with RayCluster(3) as cluster:
-        cluster.environ["ARC_COORDINATOR"]     # ray://127.0.0.1:port
+        cluster.environ["ARC_COORDINATOR"]     # ray://host:port
         os.kill(cluster.raylets[1], signal.SIGKILL)
         cluster.restart()                      # afresh, on the same port
 """
@@ -24,6 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from arc_dist.supervisor.ray_link import ask
+
 _START_LIMIT_S = 180.0
 _MEMORY_BYTES = 80 << 20
 
@@ -40,7 +44,7 @@ class RayCluster:
     def __init__(self, num_nodes: int = 1) -> None:
         self._num_nodes = num_nodes
         self._port = _free_port()
-        self.address = f"127.0.0.1:{self._port}"
+        self.address = ""
         # Short, because the paths of Ray's sockets must be.
         self._directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self._process: subprocess.Popen[str] | None = None
@@ -70,7 +74,7 @@ class RayCluster:
         line = self._process.stdout.readline()
         assert line, (self._directory / "cluster.log").read_text()[-4000:]
         about = json.loads(line)
-        self.gcs, self.raylets = about["gcs"], about["raylets"]
+        self.address, self.gcs, self.raylets = about["address"], about["gcs"], about["raylets"]
 
     def stop(self) -> None:
         """Ends everything that was started."""
@@ -106,10 +110,11 @@ class RayCluster:
         return found
 
     def coordinators(self) -> list[dict[str, Any]]:
-        """What ``arc coordinator status`` says."""
-        done = self.arc("status", "--json")
-        assert done.returncode in (0, 3), done.stderr
-        return json.loads(done.stdout)
+        """What ``arc coordinator status --json`` says."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self._settings().items():
+                patch.setenv(name, value)
+            return ask({"do": "status", "job_id": "", "address": self.address}, 120.0)
 
     def arc(self, action: str, *options: str) -> subprocess.CompletedProcess[str]:
         """``arc coordinator ...`` on this cluster."""
@@ -130,7 +135,11 @@ class RayCluster:
         }
 
     def __enter__(self) -> RayCluster:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -181,18 +190,19 @@ def main() -> None:
     num_nodes, port, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    common = {"object_store_memory": _MEMORY_BYTES, "include_dashboard": False, "temp_dir": directory}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**common, "gcs_server_port": port, "node_ip_address": "127.0.0.1"}
-    )
+    temp_dir = os.path.join(directory, "ray")  # where RAY_TMPDIR makes Ray look for its address
+    os.makedirs(temp_dir, exist_ok=True)
+    common = {"object_store_memory": _MEMORY_BYTES, "include_dashboard": False, "temp_dir": temp_dir}
+    cluster = Cluster(initialize_head=True, head_node_args={**common, "gcs_server_port": port})
     for _ in range(num_nodes - 1):
-        cluster.add_node(**common, node_ip_address="127.0.0.1")
+        cluster.add_node(**common)
 
     def pid_of(node: Any, kind: str) -> int:
         return node.all_processes[kind][0].process.pid
 
     nodes = [cluster.head_node, *cluster.worker_nodes]
-    about = {"gcs": pid_of(nodes[0], "gcs_server"), "raylets": [pid_of(node, "raylet") for node in nodes]}
+    about: dict[str, Any] = {"address": cluster.address}
+    about |= {"gcs": pid_of(nodes[0], "gcs_server"), "raylets": [pid_of(node, "raylet") for node in nodes]}
     print(json.dumps(about), file=reports, flush=True)
     sys.stdin.read()
 

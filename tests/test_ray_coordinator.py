@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,15 +142,17 @@ def test_a_rank_the_actor_and_the_bridge_are_killed_and_no_bit_differs(tmp_path:
 
 
 @pytest.mark.timeout(300)
-def test_it_serves_one_start_after_another_and_is_ended(tmp_path: Path, cluster: RayCluster):
-    assert cluster.arc("stop", "--job-id=served").returncode == 3
+def test_the_command_starts_shows_and_ends_an_actor(cluster: RayCluster):
     done = cluster.arc("start", "--job-id=served", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["job_id"] == "served"
-    assert "serves no job yet" in cluster.arc("status", "--job-id=served").stdout
+    done = cluster.arc("status")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^served: answers on .* \(pid \d+\), serves no job yet$", done.stdout, re.MULTILINE)
     done = cluster.arc("stop", "--job-id=served")
     assert done.returncode == 0, done.stderr
     assert cluster.coordinators() == []
+    assert cluster.arc("stop").returncode == 78
 
 
 # As `ray start` of another release would have left it: the versions that the cluster says that it has.

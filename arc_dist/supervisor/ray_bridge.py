@@ -41,6 +41,7 @@ _FAILING_S = 0.1
 _CALL_S = 5.0
 _FROZEN_S = 30.0  # an actor that answers nothing for so long is killed, and Ray starts it again
 _PROBE_S = 3.0
+_CONNECT_S = 45.0  # Ray itself goes on trying for minutes, and says nothing
 _GONE = 3
 
 
@@ -98,10 +99,15 @@ class Bridge:
         # Never left to a default, which depends on the version and may write a token file into the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         self._ray = importlib.import_module("ray")
+        slow = threading.Timer(_CONNECT_S, self._say_slow, [address])
+        slow.daemon = True
+        slow.start()
         try:
             self._ray.init(address=address, namespace=ray_actor.NAMESPACE, log_to_driver=False, configure_logging=False)
         except Exception as error:  # noqa: BLE001  # Ray raises what its parts happen to raise; all of it is reported
             self._explain(address, error)
+        finally:
+            slow.cancel()
         self._own_node = self._ray.get_runtime_context().get_node_id()
 
     def _probe(self, address: str) -> None:
@@ -114,6 +120,10 @@ class Bridge:
                 f"Ray's control service at {address} is not reached: {error}. Start Ray, or correct ray://HOST:PORT.",
                 is_final=False,
             )
+
+    def _say_slow(self, address: str) -> None:
+        text = f"Ray at {address} has not let this node connect for {_CONNECT_S:.0f} s. Look at ray status."
+        self._report.line({"problem": text, "is_final": False})
 
     def _explain(self, address: str, error: Exception) -> NoReturn:
         text = " ".join(str(error).split())
