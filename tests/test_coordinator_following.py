@@ -42,6 +42,11 @@ class Hosts:
         self.directory = directory
         self.file = directory / NAME
         self.running: list[tuple[Coordinator, CoordinatorServer]] = []
+        self.clients: list[FollowingClient] = []
+
+    def client(self, first: Endpoint) -> FollowingClient:
+        self.clients.append(FollowingClient(first, self.file))
+        return self.clients[-1]
 
     def start(self, **changes: Any) -> Endpoint:
         coordinator = Coordinator.open(2, run_dir=self.directory / "run", job_id="job", **changes)
@@ -67,6 +72,8 @@ class Hosts:
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     found = Hosts(tmp_path)
     yield found
+    for client in found.clients:
+        client.close()
     while found.running:
         found.stop()
 
@@ -77,7 +84,7 @@ def join(client: Any, rank: int) -> dict[str, Any]:
 
 def test_it_goes_on_with_the_next_coordinator_under_the_same_name(hosts: Hosts):
     first = hosts.start()
-    client = FollowingClient(first, hosts.file)
+    client = hosts.client(first)
     join(client, 0)
     hosts.stop()
     with pytest.raises(CoordinatorUnavailable):
@@ -90,7 +97,7 @@ def test_it_goes_on_with_the_next_coordinator_under_the_same_name(hosts: Hosts):
 
 def test_a_long_poll_at_a_coordinator_that_was_replaced_is_woken(hosts: Hosts):
     first = hosts.start()
-    client = FollowingClient(first, hosts.file)
+    client = hosts.client(first)
     join(client, 0)
     client.ready(0, 0, None, [], "/0", "h")
     answers: list[Any] = []
@@ -121,7 +128,7 @@ def test_another_job_and_an_older_epoch_are_not_followed(hosts: Hosts, wrong: st
     hosts.start()
     hosts.stop()
     now = hosts.start()
-    client = FollowingClient(now, hosts.file)
+    client = hosts.client(now)
     assert client.status()["epoch"] == 2
     bad = {"job": ("other", 9), "epoch": ("job", 1)}[wrong]
     hosts.tell(hosts.endpoint("http://127.0.0.1:9", bad[1], bad[0]))
@@ -131,7 +138,7 @@ def test_another_job_and_an_older_epoch_are_not_followed(hosts: Hosts, wrong: st
 
 def test_an_older_coordinator_is_not_believed(hosts: Hosts):
     first = hosts.start()
-    client = FollowingClient(first, hosts.file)
+    client = hosts.client(first)
     client._epoch = first.epoch + 1  # heard by another thread
     with pytest.raises(CoordinatorUnavailable, match="epoch"):
         client.status()
@@ -139,7 +146,7 @@ def test_an_older_coordinator_is_not_believed(hosts: Hosts):
 
 def test_who_is_told_that_the_coordinator_was_replaced_waits_until_it_is_known_by_whom(hosts: Hosts):
     first = hosts.start()
-    client = FollowingClient(first, hosts.file)
+    client = hosts.client(first)
     join(client, 0)
     deposed, _ = hosts.running[0]
     with pytest.raises(Deposed):
@@ -161,6 +168,7 @@ def test_a_training_process_follows_where_its_supervisor_says(hosts: Hosts):
     second = hosts.start()
     hosts.tell(second)
     assert client.status()["epoch"] == 2
+    client.close()
 
 
 def test_a_shard_is_reported_again_to_a_coordinator_that_does_not_know_it(hosts: Hosts):
@@ -176,7 +184,7 @@ def test_a_shard_is_reported_again_to_a_coordinator_that_does_not_know_it(hosts:
         }  # fmt: skip
 
     first = hosts.start(commit=commit)
-    clients = [FollowingClient(first, hosts.file) for _ in range(2)]
+    clients = [hosts.client(first) for _ in range(2)]
     for rank, client in enumerate(clients):
         join(client, rank)
         client.ready(rank, 0, None, [], f"/{rank}", "h")
@@ -218,6 +226,7 @@ def test_the_actor_serves_what_it_is_told_and_a_later_start_takes_its_place(tmp_
         client = FollowingClient(Endpoint(**first), tmp_path / "nothing")
         assert join(client, 0)["epoch"] == first["epoch"] == 1
         assert host.about()["phase"] == "starting"
+        client.close()
 
         two = spec_of(tmp_path, start="two", token="other")
         two.leave_mark()
@@ -306,6 +315,7 @@ def test_a_job_that_has_run_goes_on_without_ray(no_ray: Place, tmp_path: Path):
         assert endpoints.read(node_file(no_ray.run_dir)) == endpoints.read(tmp_path / endpoints.NAME) == host.endpoint
         client = FollowingClient(host.endpoint, node_file(no_ray.run_dir))
         assert client.status()["phase"] == "running"
+        client.close()
     assert not node_file(no_ray.run_dir).exists()
     with contextlib.closing(spec.open()) as later:  # the journal is free again
         assert later.epoch == 3

@@ -5,28 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from arc_dist.coordinator.client import Methods
 from arc_dist.errors import CoordinatorUnavailable
 
 _POLL_S = 30.0
 _RETRY_S = 0.5
 
 
-class Client(Protocol):
-    """What is asked of the coordinator."""
-
-    @property
-    def patience_s(self) -> float:
-        """How long it may be out of reach before it counts as lost."""
-        ...
-
-    def shard(self, **shard: Any) -> dict[str, Any]: ...
-    def commit_status(self, *, step: int, generation: int, timeout_s: float, tier: int) -> dict[str, Any]: ...
-
-
 def report_shard(
-    client: Client, shard: Mapping[str, Any], timeout_s: float, stopping: threading.Event
+    client: Methods, shard: Mapping[str, Any], timeout_s: float, stopping: threading.Event
 ) -> dict[str, Any]:
     """Returns the coordinator's last answer, which may be that the save is pending still.
 
