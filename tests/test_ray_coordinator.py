@@ -119,8 +119,8 @@ def kill(pid: int) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_rank_the_actor_and_the_bridge_are_killed_and_no_bit_differs(tmp_path: Path, cluster: RayCluster, kind: str):
-    toy = Toy(kind=kind, steps=100)
-    with Training(tmp_path, cluster, toy, kills={"1": [45]}, store=str(tmp_path / "store")) as training:
+    toy = Toy(kind=kind, steps=80)
+    with Training(tmp_path, cluster, toy, kills={"1": [35]}, store=str(tmp_path / "store")) as training:
         first = training.endpoint()
         training.reach(10)
         (bridge,) = eventually(training.bridges, "the bridge")
@@ -132,7 +132,7 @@ def test_a_rank_the_actor_and_the_bridge_are_killed_and_no_bit_differs(tmp_path:
         (another,) = eventually(training.bridges, "another bridge")
         assert another != bridge
         # The coordinator is lost again in the moment in which a rank is.
-        training.job.wait_for((tmp_path / "killed-1-45").exists, 240, "the kill of rank 1")
+        training.job.wait_for((tmp_path / "killed-1-35").exists, 240, "the kill of rank 1")
         kill(training.endpoint().pid)
         third = training.next_endpoint(second.epoch)
         assert [third.job_id, third.token] == [first.job_id, first.token]
@@ -152,7 +152,6 @@ def test_the_command_starts_shows_and_ends_an_actor(cluster: RayCluster):
     done = cluster.arc("stop", "--job-id=served")
     assert done.returncode == 0, done.stderr
     assert cluster.coordinators() == []
-    assert cluster.arc("stop").returncode == 78
 
 
 # As `ray start` of another release would have left it: the versions that the cluster says that it has.
@@ -236,6 +235,22 @@ class Damage:
             return [raylet]
         lost = self._cluster.pids_of_node(raylet)
         return [*lost, self._cluster.gcs] if raylet == self._cluster.raylets[0] and alive(self._cluster.gcs) else lost
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_frozen_actor_is_killed_and_started_again(tmp_path: Path, cluster: RayCluster):
+    """It holds the journal, so that nobody can stand in for it; a rank that dies meanwhile waits."""
+    toy = Toy(kind="ddp", steps=60)
+    with Training(tmp_path, cluster, toy, kills={"1": [40]}) as training:
+        first = training.endpoint()
+        training.reach(10)
+        os.kill(first.pid, signal.SIGSTOP)
+        second = training.next_endpoint(first.epoch)
+        assert second.pid != first.pid
+        assert "stands in" not in training.finish()
+    assert (tmp_path / "killed-1-40").exists()
+    assert not alive(first.pid)
 
 
 @pytest.mark.soak
