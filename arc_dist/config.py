@@ -26,6 +26,7 @@ class Env:
     coordinator: str | None = None
     coordinator_file: Path | None = None
     ray: str | None = None  # ARC_COORDINATOR=ray, for users: Ray's host:port, or auto; None: no Ray actor is used
+    stand_in_s: float = 6.0  # ARC_STAND_IN_S, for users: silence of a Ray coordinator before rank 0 stands in for it
     token: str | None = None
     job_id: str = "local"  # ARC_JOB_ID, for users: the job's name; default: torchrun's
     job_named: bool = False  # whether ARC_JOB_ID was set
@@ -80,6 +81,7 @@ class Env:
             shm_dir=_path(env, "ARC_SHM_DIR"),
             **_coordinator(env),
             coordinator_file=_path(env, "ARC_COORDINATOR_FILE"),
+            stand_in_s=Env.stand_in_s if (stand_in_s := _seconds(env, "ARC_STAND_IN_S")) is None else stand_in_s,
             token=env.get("ARC_TOKEN") or None,
             job_id=job_id,
             job_named=bool(env.get("ARC_JOB_ID")),

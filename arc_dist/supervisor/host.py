@@ -250,6 +250,7 @@ class _World:
             run_dir=Path(spec.run_dir),
             authority=env.tls_ca,
             directories=(self.shm_dir, run_dir),
+            stand_in_s=env.stand_in_s,
         )
 
         def announce(found: Endpoint) -> None:

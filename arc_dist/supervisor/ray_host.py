@@ -35,7 +35,6 @@ from arc_dist.telemetry.log import logger
 _TICK_S = 0.5
 _PROBE_EVERY_S = 1.0
 _PROBE_TIMEOUT_S = 2.0
-_STAND_IN_AFTER_S = 6.0  # Ray restarts an actor within one to three seconds
 _UNREACHED_LIMIT_S = 20.0  # at the start, of Ray
 _START_LIMIT_S = 180.0  # at the start, of an actor on a cluster that was reached
 _RETRY_FIRST_S = 0.5
@@ -60,6 +59,8 @@ class Place:
         run_dir: where the node's file is.
         authority: the PEM file that vouches for the coordinator's certificate.
         directories: where else the address is written, for people.
+        stand_in_s: silence of the coordinator after which rank 0's supervisor stands in; Ray restarts an actor within
+            one to three seconds.
     """
 
     ray: str
@@ -67,6 +68,7 @@ class Place:
     run_dir: Path
     authority: Path | None = None
     directories: Sequence[Path] = ()
+    stand_in_s: float = 6.0
 
 
 class RayHost:
@@ -164,7 +166,7 @@ class RayHost:
             if self._is_final:
                 raise ConfigError(f"--coordinator=ray: {self._problem}")
             limit_s = _START_LIMIT_S if self._is_connected or not self._problem else _UNREACHED_LIMIT_S
-            if waited_s > limit_s + (_STAND_IN_AFTER_S if self._has_run else 0.0):
+            if waited_s > limit_s + (self._place.stand_in_s if self._has_run else 0.0):
                 raise CoordinatorUnavailable(
                     f"--coordinator=ray: no coordinator for {waited_s:.0f} s: {self._problem or 'Ray says nothing'}"
                 )
@@ -264,7 +266,7 @@ class RayHost:
             if announced is not None:
                 self._accept(announced)
             return
-        limit_s = _STAND_IN_AFTER_S if self._endpoint is not None else _UNREACHED_LIMIT_S
+        limit_s = self._place.stand_in_s if self._endpoint is not None else _UNREACHED_LIMIT_S
         is_known = self._endpoint is not None or (self._has_run and not self._is_final)
         if silent_s > limit_s and is_known and self._standing_in is None:
             self._stand_in(silent_s)
