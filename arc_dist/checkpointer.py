@@ -26,12 +26,12 @@ from arc_dist.checkpoint_store.retry import Retries, retrying
 from arc_dist.checkpoint_store.tiers import Tiers
 from arc_dist.checkpoint_store.writer import SaveAborted
 from arc_dist.connect import Client
+from arc_dist.coordinator.reporting import report_shard
 from arc_dist.errors import ArcError, StoreError, StoreFull, StoreTransient
 from arc_dist.snapshot.plan import ROUNDED
 from arc_dist.snapshot.slot import Snapshot
 from arc_dist.telemetry.log import logger
 
-_POLL_S = 30.0
 _WAIT_S = 1.0
 _OVERDUE = 1.25  # a thread that is silent for this many times the limit is stuck
 
@@ -308,22 +308,17 @@ class Checkpointer:
         """Reports the shard and waits for what becomes of the step."""
         if saving.is_left_alone:
             raise StoreError(f"step {saving.step}: the others have gone on without this shard.", step=saving.step)
-        answer = self._coordinator.shard(
-            rank=self._rank,
-            generation=self._generation,
-            step=saving.step,
-            url=self._tiers.stores[tier].url,
-            manifest_part=part,
-            certified=True,
-            tier=tier,
-            why=why,
-        )
-        deadline = time.monotonic() + self._commit_timeout_s
-        while answer["status"] == "pending" and time.monotonic() < deadline and not self._stopping.is_set():
-            answer = self._coordinator.commit_status(
-                step=saving.step, generation=self._generation, timeout_s=_POLL_S, tier=tier
-            )
-        return answer
+        shard = {
+            "rank": self._rank,
+            "generation": self._generation,
+            "step": saving.step,
+            "url": self._tiers.stores[tier].url,
+            "manifest_part": part,
+            "certified": True,
+            "tier": tier,
+            "why": why,
+        }
+        return report_shard(self._coordinator, shard, self._commit_timeout_s, self._stopping)
 
     def _give_up(self, step: int, reason: str) -> None:
         """Lets the other ranks know; when the coordinator cannot be reached, their own time limit ends their wait."""

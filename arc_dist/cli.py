@@ -35,6 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from arc_dist.checkpoint_store import commands
+    from arc_dist.launch import commands_coordinator
     from arc_dist.planner import commands as planner_commands
     from arc_dist.telemetry import commands_status, report
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_command(subparsers)
     planner_commands.add_command(subparsers)
     commands_status.add_commands(subparsers)
+    commands_coordinator.add_command(subparsers)
     return parser
 
 

@@ -24,6 +24,9 @@ class Env:
     generation: int = 0
     shm_dir: Path | None = None
     coordinator: str | None = None
+    coordinator_file: Path | None = None
+    ray: str | None = None  # ARC_COORDINATOR=ray, for users: Ray's host:port, or auto; None: no Ray actor is used
+    stand_in_s: float = 6.0  # ARC_STAND_IN_S, for users: silence of a Ray coordinator before rank 0 stands in for it
     token: str | None = None
     job_id: str = "local"  # ARC_JOB_ID, for users: the job's name; default: torchrun's
     job_named: bool = False  # whether ARC_JOB_ID was set
@@ -76,7 +79,9 @@ class Env:
             supervised=env.get("ARC_SUPERVISED") == "1",
             generation=_integer(env, "ARC_GENERATION", 0),
             shm_dir=_path(env, "ARC_SHM_DIR"),
-            coordinator=env.get("ARC_COORDINATOR") or None,
+            **_coordinator(env),
+            coordinator_file=_path(env, "ARC_COORDINATOR_FILE"),
+            stand_in_s=Env.stand_in_s if (stand_in_s := _seconds(env, "ARC_STAND_IN_S")) is None else stand_in_s,
             token=env.get("ARC_TOKEN") or None,
             job_id=job_id,
             job_named=bool(env.get("ARC_JOB_ID")),
@@ -115,6 +120,24 @@ class Env:
 def default_run_dir(job_id: str) -> Path:
     """Where a job's incidents go when nobody said: a private directory per user under the temporary directory."""
     return Path(tempfile.gettempdir()) / f"arc-dist-{getpass.getuser()}" / job_id
+
+
+def _coordinator(env: Mapping[str, str]) -> dict[str, str | None]:
+    """What ARC_COORDINATOR says: who is to host it (a user's word), or where it is (a supervisor's)."""
+    text = env.get("ARC_COORDINATOR") or "embedded"
+    scheme, colon, address = text.partition("://")
+    if scheme in ("http", "https") and colon:
+        return {"coordinator": text}
+    if text == "embedded":
+        return {}
+    host, _, port = address.rpartition(":")
+    if text == "ray" or (scheme == "ray" and host and port.isdigit() and 0 < int(port) < 1 << 16):
+        return {"ray": address or "auto"}
+    raise ConfigError(
+        f"ARC_COORDINATOR={text!r} is none of embedded, ray and ray://HOST:PORT, where the port is that of Ray's "
+        f"control service (ray start --port, 6379 by default). Correct or unset it.",
+        variable="ARC_COORDINATOR",
+    )
 
 
 def _integer(env: Mapping[str, str], name: str, default: int) -> int:

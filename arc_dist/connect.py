@@ -10,6 +10,7 @@ from typing import Any
 
 from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient, LocalClient
+from arc_dist.coordinator.following import follow
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.tls import Certificate
@@ -30,9 +31,12 @@ def connect(
     Without a supervisor nobody restarts anything, so this coordinator commits checkpoints and keeps no journal.
     """
     if env.coordinator is not None:
-        if env.token is None:
-            raise ConfigError("ARC_COORDINATOR is set but ARC_TOKEN is not. The supervisor sets both; unset both.")
-        return CoordinatorClient(env.coordinator, env.token, authority=env.tls_ca), _nothing
+        return follow(env), _nothing
+    if env.ray is not None:
+        raise ConfigError(
+            "ARC_COORDINATOR=ray needs supervisors, which find the actor and follow it. Start with arcrun, or with "
+            "torchrun -m arc_dist; or unset it."
+        )
     if world_size == 1:
         coordinator = Coordinator(1, job_id=env.job_id)
         return LocalClient(coordinator), coordinator.close

@@ -13,6 +13,7 @@
     |   +-- CoordinatorUnavailable
     +-- Fenced                  said by a generation that is over           (do not retry)
     |   +-- LeftOut             by a host that the job goes on without
+    |   +-- Deposed             by a coordinator that a newer one has replaced
     +-- StoreError              a checkpoint could not be written or read
         +-- StoreFull           no space or quota left in this tier
         +-- StoreDenied         permission or credentials
@@ -116,6 +117,10 @@ class Fenced(ArcError):
 
 class LeftOut(Fenced):
     """The job goes on without this host, which was slow, or where ranks kept dying."""
+
+
+class Deposed(Fenced):
+    """A coordinator answered that a newer one has replaced it; who knows where that one is may ask it."""
 
 
 class StoreError(ArcError):

@@ -15,6 +15,7 @@ from arc_dist.checkpoint_store.tiers import Tier, Tiers
 from arc_dist.checkpointer import Checkpointer
 from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient
+from arc_dist.coordinator.following import follow
 from arc_dist.errors import ConfigError, PreemptedUnsaved
 from arc_dist.preemption.facts import SavingFacts
 from arc_dist.restore import from_memory
@@ -70,7 +71,7 @@ def flush(env: Env) -> None:
             step=step,
         )
     tiers = Tiers([Tier(**tier) for tier in facts.tiers], run=facts.run, owner=facts.owner)
-    client = CoordinatorClient(env.coordinator, env.token)
+    client = follow(env)
     writer = Checkpointer(
         tiers=tiers,
         ring=_Planned(plan, env.rank, env.shm_dir),

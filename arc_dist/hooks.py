@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from arc_dist import inprocess
 from arc_dist.config import Env
-from arc_dist.coordinator.client import CoordinatorClient
+from arc_dist.coordinator.following import follow
 from arc_dist.guard import Guard
 from arc_dist.healing.vote import Voter
 from arc_dist.parallel import Parallelism, clip_or_measure, parallelism
@@ -281,7 +281,7 @@ class ScriptGuard:
         env = self._env
         if env.coordinator is None or env.token is None:
             return lambda line: append_line(env.run_dir, line)
-        client = CoordinatorClient(env.coordinator, env.token, authority=env.tls_ca)
+        client = follow(env)
         return lambda line: client.incident(**line)
 
     def _model_of(self, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -382,7 +382,7 @@ def openapi() -> dict[str, Any]:
                 "Error": {
                     "type": "object",
                     "properties": {
-                        "error": {"enum": ["config", "fenced", "left_out", "busy", "internal"]},
+                        "error": {"enum": ["config", "fenced", "left_out", "deposed", "busy", "internal"]},
                         "message": {"type": "string"},
                     },
                     "required": ["error", "message"],

@@ -18,9 +18,10 @@ from typing import Any
 
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.tls import client_context
-from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, LeftOut
+from arc_dist.errors import ConfigError, CoordinatorUnavailable, Deposed, Fenced, LeftOut
 
 _Json = dict[str, Any]
+_CONFLICTS: dict[str, type[Fenced]] = {"left_out": LeftOut, "deposed": Deposed}  # status 409
 
 
 class Methods:
@@ -32,6 +33,11 @@ class Methods:
         self._epoch = 0
         self._sender: dict[int, str] = {}
         self._following: dict[tuple[int, int], str] = {}
+
+    @property
+    def patience_s(self) -> float:
+        """How long the coordinator may be out of reach before it counts as lost: one that moves comes back."""
+        return 0.0
 
     def _send(self, method: str, body: _Json, timeout_s: float) -> _Json:
         raise NotImplementedError
@@ -312,7 +318,7 @@ class CoordinatorClient(Methods):
             return fields
         message = f"{method}: {fields.get('message', f'HTTP {status}')}"
         if status == 409:
-            raise (LeftOut if fields.get("error") == "left_out" else Fenced)(message)
+            raise _CONFLICTS.get(str(fields.get("error")), Fenced)(message)
         if status in (400, 401, 404, 405, 411, 413):
             raise ConfigError(message)
         raise self._unavailable(method, str(fields.get("message", f"HTTP {status}")))

@@ -34,6 +34,7 @@ class Endpoint:
         host: identity of the host it runs on, for people.
         pid: of the process that it runs in, there.
         authority: the PEM file that vouches for its certificate; None for the system's, or plain HTTP.
+        epoch: of the coordinator; a higher one is a later one, and 0 is not known.
     """
 
     url: str
@@ -44,15 +45,16 @@ class Endpoint:
     host: str
     pid: int
     authority: str | None = None
+    epoch: int = 0
 
-    def write(self, directory: Path) -> Path:
+    def write(self, directory: Path, name: str = NAME) -> Path:
         """Writes the file, whole and readable by this user only.
 
         Raises:
             ConfigError: it cannot be written there.
         """
-        path = directory / NAME
-        draft = path.with_name(f".{NAME}.{os.getpid()}.{secrets.token_hex(4)}")
+        path = directory / name
+        draft = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -93,6 +95,8 @@ def read(path: Path) -> Endpoint:
         kept = {name: value for name, value in cast("dict[str, Any]", fields).items() if name in known}
         if not all(isinstance(kept.get(name), str) for name in ("url", "token", "job_id", "run_dir", "host")):
             raise TypeError("a field is missing or no text")
+        if not isinstance(kept.get("epoch", 0), int):
+            raise TypeError("the epoch is no number")
         return Endpoint(**kept)
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} does not tell where a coordinator is: {error}") from None

@@ -34,12 +34,13 @@ from arc_dist.coordinator import api, metrics
 from arc_dist.coordinator.limits import Bucket, BucketPerAddress, Limits, TimedStream
 from arc_dist.coordinator.service import Coordinator
 from arc_dist.coordinator.wire import MAX_INTEGER
-from arc_dist.errors import ArcError, ConfigError, Fenced, LeftOut
+from arc_dist.errors import ArcError, ConfigError, Deposed, Fenced, LeftOut
 
 logger = logging.getLogger("arc_dist.coordinator")
 
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
+_CONFLICTS: dict[type[Fenced], str] = {LeftOut: "left_out", Deposed: "deposed"}
 _ROUTES = {(route.verb, route.path): route for route in api.ROUTES}
 _MAX_INCIDENTS = 1000
 
@@ -110,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             self._refuse(refused)
         except Fenced as error:
-            self._refuse(Refused(409, "left_out" if isinstance(error, LeftOut) else "fenced", error.message))
+            self._refuse(Refused(409, _CONFLICTS.get(type(error), "fenced"), error.message))
         except ConfigError as error:
             self._refuse(Refused(400, "config", error.message))
         except (TimeoutError, ConnectionError):

@@ -21,7 +21,7 @@ import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
-from arc_dist.errors import ConfigError, Fenced, StoreCorrupt, StoreError
+from arc_dist.errors import ConfigError, Deposed, StoreCorrupt, StoreError
 
 _COMPACT_BYTES = 16 << 20
 
@@ -99,7 +99,7 @@ class Journal:
 
         Raises:
             StoreError: it is not durable. What was written of it is taken back, so that the file stays readable.
-            Fenced: another coordinator has taken the journal over.
+            Deposed: another coordinator has taken the journal over.
         """
         assert self._file is not None  # the service appends to no journal that it has closed
         line = _line({"epoch": self.epoch, "state": state})
@@ -123,7 +123,7 @@ class Journal:
     def _require_place(self) -> None:
         assert self._file is not None
         if not self._file.is_in_place():
-            raise Fenced(f"{self.path} was taken over by another coordinator; this one may not decide any more")
+            raise Deposed(f"{self.path} was taken over by another coordinator; this one may not decide any more")
 
     def close(self) -> None:
         if self._file is not None:

@@ -36,7 +36,7 @@ from arc_dist.coordinator.records import (
 from arc_dist.coordinator.saves import CommitPort, SaveDesk, default_commit
 from arc_dist.coordinator.spares import SpareDesk
 from arc_dist.coordinator.wire import MAX_POLL_S, Fields
-from arc_dist.errors import ConfigError, CoordinatorUnavailable, Fenced, StoreError
+from arc_dist.errors import ConfigError, CoordinatorUnavailable, Deposed, Fenced, StoreError
 from arc_dist.protocol import commit as commits
 from arc_dist.protocol import generations
 from arc_dist.protocol.budgets import BudgetPolicy, Death
@@ -473,7 +473,7 @@ class Coordinator:
             if self._journal_error is None:
                 logger.warning("%s; a restarted coordinator would not know it", error)
             self._journal_error = str(error)
-        except Fenced:
+        except Deposed:
             self._deposed_by = self.epoch + 1  # at least
             raise
 
@@ -513,7 +513,7 @@ class Coordinator:
         if self._closed:
             raise CoordinatorUnavailable(f"the coordinator of job {self.job_id} was closed; nothing can be asked of it")
         if self._deposed_by is not None:
-            raise Fenced(
+            raise Deposed(
                 f"this coordinator (epoch {self.epoch}) was replaced by a newer one (epoch {self._deposed_by})",
                 epoch=self._deposed_by,
             )

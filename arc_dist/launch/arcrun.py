@@ -176,6 +176,7 @@ def _environment(arguments: argparse.Namespace) -> Env:
         "ARC_HOST_TIMEOUT_S": arguments.arc_host_timeout_s,
         "ARC_SPARES": arguments.arc_spares,
         "ARC_SPARE_AFTER_S": arguments.arc_spare_after_s,
+        "ARC_COORDINATOR": arguments.arc_coordinator,
     }
     try:
         return Env.read({**os.environ, **{name: value for name, value in named.items() if value is not None}})

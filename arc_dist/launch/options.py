@@ -31,6 +31,7 @@ reads at import must be set before the job starts, or use --no-preload.
 _VALUES = (
     *("store", "run-dir", "shm-root", "max-restarts", "grace-s", "preempt-signals", "preempt-file"),
     *("host-timeout-s", "spares", "spare-after-s", "evict"),
+    "coordinator",
 )
 
 
@@ -102,6 +103,11 @@ def add_settings(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         metavar="1",
         help="1: hosts that are suspected or slow are left out at a restart [ARC_EVICT]",
     )
+    add(
+        *dict.fromkeys((f"--{prefix}coordinator", "--coordinator")),
+        metavar="HOST",
+        help="who hosts the coordinator: embedded, the default; ray; or ray://host:port [ARC_COORDINATOR]",
+    )
     add(f"--{prefix}log-level", choices=("debug", "info", "warning", "error"), help="default info [ARC_LOG_LEVEL]")
     add(
         f"--{prefix}preload",
@@ -162,6 +168,7 @@ def parse(arguments: Sequence[str]) -> Options:
             "ARC_SPARES": known.spares,
             "ARC_SPARE_AFTER_S": known.spare_after_s,
             "ARC_EVICT": known.evict,
+            "ARC_COORDINATOR": known.coordinator,
             "ARC_LOG_LEVEL": known.log_level,
         }.items()
         if value is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -13,22 +14,21 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from arc_dist.config import Env, default_run_dir
+from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient, LocalClient
 from arc_dist.coordinator.endpoint import Endpoint
-from arc_dist.coordinator.hosts import HostDesk
+from arc_dist.coordinator.following import PATIENCE_S, FollowingClient
 from arc_dist.coordinator.server import CoordinatorServer
 from arc_dist.coordinator.service import Coordinator
-from arc_dist.coordinator.tls import Certificate
 from arc_dist.errors import ConfigError, CoordinatorUnavailable, ExitCode
 from arc_dist.preemption.file import NoticeFile, seconds_since_1970
-from arc_dist.protocol.pulse import PulseRules
 from arc_dist.supervisor import process, zygote
 from arc_dist.supervisor.copies import open_peers
 from arc_dist.supervisor.estate import Estate
 from arc_dist.supervisor.events import Event, Events, Noticed, Signalled, ZygoteLost, ZygoteSaid
 from arc_dist.supervisor.membership import Membership
 from arc_dist.supervisor.pulse import Pulse, RendezvousLease
+from arc_dist.supervisor.ray_host import Place, RayHost, node_file
 from arc_dist.supervisor.rendezvous import (
     CoordinatorAddress,
     GenerationStores,
@@ -41,6 +41,7 @@ from arc_dist.supervisor.roles import Client, Ending, Setup
 from arc_dist.supervisor.spare import stand_by
 from arc_dist.supervisor.supervisor import Supervisor
 from arc_dist.supervisor.trainers import Trainers
+from arc_dist.supervisor.whereabouts import address_of, endpoint_of, follower_of, spec_of
 from arc_dist.telemetry.log import set_up_logging
 
 _JOIN_LIMIT_S = 600.0  # ranks of a large job may take minutes to import torch from a shared file system
@@ -108,6 +109,7 @@ class _World:
         self._server: CoordinatorServer | None = None
         self._coordinator: Coordinator | None = None
         self._lease: RendezvousLease | None = None
+        self._ray: RayHost | None = None
 
     def __enter__(self) -> _World:
         with contextlib.ExitStack() as stack:
@@ -133,8 +135,7 @@ class _World:
     def _enter_with_rank(self, stack: contextlib.ExitStack) -> None:
         env, membership = self._env, self.membership
         if membership.rank == 0:
-            self._lease = _lease(env)
-            self._address, self._client, self._server = self._host_coordinator(stack)
+            self._client = self._host_coordinator(stack) if env.ray is None else self._host_in_ray(stack)
             if self._meeting is not None:
                 self._meeting.announce(self._address, shrinks=membership.shrinks)
             answer = _join(self._client, membership, str(self.shm_dir))
@@ -142,6 +143,8 @@ class _World:
             assert self._meeting is not None  # Membership.read refuses a rank above 0 without one
             found = _find_coordinator(env, membership, self._meeting, str(self.shm_dir))
             self._address, self._client, answer = found
+            if self._address.can_move and membership.local_rank == 0:
+                stack.enter_context(self._follow_in_ray())
         self._generation = int(answer["generation"])
         lineage = str(answer["lineage"])
         self._estate.claim(lineage, membership)
@@ -168,6 +171,7 @@ class _World:
                 "ARC_TOKEN": self._address.token,
                 "ARC_JOB_ID": self._address.job_id,
                 "ARC_RUN_DIR": self._address.run_dir,
+                "ARC_COORDINATOR_FILE": str(node_file(Path(self._address.run_dir))) if self._address.can_move else "",
             },
             store_for=stores.prepare if stores is not None else None,
             generation_began=stores.retire if stores is not None else lambda generation: None,
@@ -176,6 +180,7 @@ class _World:
             preempt_signals=env.preempt_signals,
             is_guarded=is_guarded,
             peers=self._peers,
+            coordinator_limit_s=PATIENCE_S if self._address.can_move else Setup.coordinator_limit_s,
         )
         supervisor = Supervisor(setup, self._client, trainers, events)
         reporter = StepReporter(membership.rank, membership.world_size, self.shm_dir, self._client)
@@ -186,6 +191,7 @@ class _World:
             world_size=membership.world_size,
             client=self._client,
             timeout_s=env.host_timeout_s,
+            cut_off_s=self._cut_off_s(),
             events=events,
             lease=self._lease,
         )
@@ -202,40 +208,27 @@ class _World:
             self._estate.ends_with(ending.returncode, was_told=ending.was_told, has_run=supervisor.has_run)
         return ending
 
-    def _host_coordinator(
-        self, stack: contextlib.ExitStack
-    ) -> tuple[CoordinatorAddress, LocalClient, CoordinatorServer]:
+    def _host_coordinator(self, stack: contextlib.ExitStack) -> LocalClient:
         env, membership = self._env, self.membership
-        job_id = _job_id(env, membership)
-        run_dir = env.run_dir if env.run_dir_named else default_run_dir(job_id)
+        self._lease = _lease(env)
+        spec, run_dir = spec_of(env, membership)
         _, listen = advertised_host(membership)
-        certificate = Certificate.of(env.tls_cert, env.tls_key)
-        rules = PulseRules(
-            timeout_s=env.host_timeout_s,
-            min_nodes=env.min_nodes,
-            expects_all=membership.shrinks > 0,
-            is_replaceable=not membership.has_agents,
-        )
-        problem = self._lease.problem if self._lease is not None else lambda: ""
-        hosts = HostDesk(membership.world_size, rules, time.monotonic, problem)
-        coordinator = Coordinator.open(
-            membership.world_size,
-            run_dir=run_dir,
-            job_id=job_id,
-            max_restarts=env.max_restarts,
-            hosts=hosts,
-            spare_after_s=env.spare_after_s,
-            evicts=env.evict,
-        )
+        certificate = spec.certificate
+        coordinator = spec.open(self._lease.problem) if self._lease is not None else spec.open()
         stack.callback(coordinator.close)
         self._coordinator = coordinator
-        server = stack.enter_context(CoordinatorServer(coordinator, host=listen, certificate=certificate))
-        address = CoordinatorAddress(url=server.address, token=server.token, job_id=job_id, run_dir=str(run_dir))
+        server = stack.enter_context(
+            CoordinatorServer(coordinator, host=listen, token=spec.token, certificate=certificate)
+        )
+        self._server = server
+        self._address = CoordinatorAddress(
+            url=server.address, token=server.token, job_id=spec.job_id, run_dir=str(run_dir)
+        )
         endpoint = Endpoint(
             url=server.address,
             token=server.token,
-            job_id=job_id,
-            run_dir=str(run_dir.absolute()),
+            job_id=spec.job_id,
+            run_dir=spec.run_dir,
             world_size=membership.world_size,
             host=host_identity(),
             pid=os.getpid(),
@@ -244,22 +237,68 @@ class _World:
         for directory in (self.shm_dir, run_dir):  # the first goes with this process; the second is known
             path = endpoint.write(directory)
             stack.callback(endpoint.remove, path)
-        return address, LocalClient(coordinator), server
+        return LocalClient(coordinator)
+
+    def _host_in_ray(self, stack: contextlib.ExitStack) -> FollowingClient:
+        """As `_host_coordinator`, with an actor. It knows no lease of this process, so it lets no world shrink."""
+        env, membership, meeting = self._env, self.membership, self._meeting
+        assert env.ray is not None
+        spec, run_dir = spec_of(env, membership)
+        place = Place(
+            ray=env.ray,
+            job_id=spec.job_id,
+            run_dir=Path(spec.run_dir),
+            authority=env.tls_ca,
+            directories=(self.shm_dir, run_dir),
+            stand_in_s=env.stand_in_s,
+        )
+
+        def announce(found: Endpoint) -> None:
+            if meeting is not None:
+                meeting.announce(address_of(found), shrinks=membership.shrinks)
+
+        _, listen = advertised_host(membership)
+        spec = dataclasses.replace(spec, min_nodes=0)
+        self._ray = stack.enter_context(RayHost(place, spec=spec, listen=listen, announce=announce))
+        self._address = address_of(self._ray.endpoint)
+        return follower_of(env, self._address, _CLIENT_TIMEOUT_S)
+
+    def _follow_in_ray(self) -> RayHost:
+        env, address, meeting, shrinks = self._env, self._address, self._meeting, self.membership.shrinks
+        assert meeting is not None
+        place = Place(ray=env.ray or "auto", job_id=address.job_id, run_dir=Path(address.run_dir), authority=env.tls_ca)
+
+        def look_up() -> Endpoint | None:
+            found = meeting.look_up_briefly(shrinks=shrinks)
+            return None if found is None else endpoint_of(env, found)
+
+        return RayHost(place, first=endpoint_of(env, address), look_up=look_up)
+
+    def _cut_off_s(self) -> float:
+        """How long this host may not reach the coordinator before it must count itself as lost.
+
+        As long as others are patient with it, where they may go on without it. Elsewhere nobody can; it waits for an
+        actor to come back.
+        """
+        limit_s = self._env.host_timeout_s
+        is_replaceable = not self.membership.has_agents
+        return limit_s if is_replaceable or not self._address.can_move else max(limit_s, PATIENCE_S)
 
     def _part(self, supervisor: Supervisor) -> None:
         """Lets the others, or rank 0, know that this supervisor needs the coordinator no more."""
         meeting, server, membership = self._meeting, self._server, self.membership
         if meeting is None:
             return
-        if server is None:
+        host = self._ray if server is None else server
+        if host is None:
             meeting.leave(self._address.token, membership)
             return
         num_others = membership.num_workers - 1
-        assert self._coordinator is not None
-        if (stop := self._coordinator.job.stop) is not None and not stop.is_eviction:
+        stop = self._coordinator.job.stop if self._coordinator is not None else None
+        if stop is not None and not stop.is_eviction:
             num_others -= len(stop.lost)
         limit_s = max(_FAREWELL_LIMIT_S, self._env.grace_s) if supervisor.was_preempted else _FAREWELL_LIMIT_S
-        meeting.await_others(self._address.token, num_others, lambda: server.num_connections, timeout_s=limit_s)
+        meeting.await_others(self._address.token, num_others, lambda: host.num_connections, timeout_s=limit_s)
 
 
 def _lease(env: Env) -> RendezvousLease | None:
@@ -315,7 +354,10 @@ def _find_coordinator(
         found = meeting.look_up(timeout_s=1.0, shrinks=membership.shrinks)
         if found is None:
             continue
-        client = CoordinatorClient(found.url, found.token, timeout_s=client_timeout_s, authority=env.tls_ca)
+        if found.can_move:
+            client = follower_of(env, found, client_timeout_s)
+        else:
+            client = CoordinatorClient(found.url, found.token, timeout_s=client_timeout_s, authority=env.tls_ca)
         try:
             return found, client, _join(client, membership, shm_dir)
         except CoordinatorUnavailable as error:
@@ -342,20 +384,6 @@ def _join(client: Any, membership: Membership, shm_dir: str) -> dict[str, Any]:
         pid=os.getpid(),
         shm_dir=shm_dir,
     )
-
-
-def _job_id(env: Env, membership: Membership) -> str:
-    """The launcher's name of the job, or one that no other job has: its journal must not be taken for ours.
-
-    torchrun's agent outlives its restarts of the supervisors, which are to find the journal again; so where there is
-    an agent, it is what names a job without a name.
-    """
-    if env.job_named:
-        return env.job_id
-    if membership.run_id is not None:
-        return membership.run_id
-    pid = os.getppid() if membership.has_agent_store else os.getpid()
-    return f"job-{pid}-{process.start_ticks(pid) or 0}"
 
 
 @contextlib.contextmanager

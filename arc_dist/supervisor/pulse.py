@@ -35,7 +35,8 @@ class Pulse:
         node: number of its node among those of the launcher.
         world_size: number of ranks.
         client: the coordinator's.
-        timeout_s: without an answer for this long, the supervisor is told that it is cut off; 0 never tells.
+        timeout_s: of the coordinator's patience with a silent host, which sets the pace; 0 sends nothing.
+        cut_off_s: without an answer for this long, the supervisor is told that it is cut off.
         events: where.
         lease: on the coordinator's host, what has to be looked after as often; None elsewhere.
     """
@@ -48,12 +49,14 @@ class Pulse:
         world_size: int,
         client: Client,
         timeout_s: float,
+        cut_off_s: float,
         events: Events[Event],
         lease: RendezvousLease | None = None,
     ) -> None:
         self._rank, self._node = rank, node
         self._client = client
         self._timeout_s = timeout_s
+        self._cut_off_s = cut_off_s
         self._events = events
         self._lease = lease
         self._every_s = min(max(_EVERY_S, world_size / _MAX_PULSES_PER_S), timeout_s / _LEAST_PER_TIMEOUT)
@@ -80,12 +83,12 @@ class Pulse:
                 self._client.pulse(rank=self._rank, node=self._node)
             except CoordinatorUnavailable as error:
                 silent_s = clock.look(time.monotonic()) - heard_s
-                if silent_s > self._timeout_s and not self._closing.is_set():
+                if silent_s > self._cut_off_s and not self._closing.is_set():
                     why = f"no answer for {silent_s:.0f} s: {error}"
                     self._events.put(
                         CutOff(
-                            f"rank {self._rank}: this host is cut off from rank 0's, where the coordinator is, or that "
-                            f"one is lost ({why}). Training has ended here, since others may go on without this host."
+                            f"rank {self._rank}: this host is cut off from the coordinator's, or that one is lost "
+                            f"({why}). Training has ended here, since others may go on without this host."
                         )
                     )
                     return

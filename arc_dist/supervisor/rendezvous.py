@@ -30,16 +30,31 @@ from arc_dist.telemetry.log import logger
 _POLL_S = 0.02
 _STORE_TIMEOUT_S = 300.0
 _LEAVE_LIMIT_S = 2.0
+_BRIEF_LOOK_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordinatorAddress:
-    """What rank 0 announces: where the coordinator is, and the token that it wants to see."""
+    """What rank 0 announces: where the coordinator is, and the token that it wants to see.
+
+    Attributes:
+        url: its address.
+        token: what it wants to see.
+        job_id: the job's name.
+        run_dir: where its journal is.
+        epoch: of the coordinator when it can move, as in Ray; 0 for one in rank 0's supervisor.
+    """
 
     url: str
     token: str = dataclasses.field(repr=False)
     job_id: str
     run_dir: str
+    epoch: int = 0
+
+    @property
+    def can_move(self) -> bool:
+        """Whether another address may take the place of this one while rank 0's supervisor lives."""
+        return self.epoch > 0
 
 
 class Meeting:
@@ -68,6 +83,7 @@ class Meeting:
                 f"cannot be {verb}: {error}. Check MASTER_ADDR and MASTER_PORT.",
                 rank=membership.rank,
             ) from error
+        self._brief_look: threading.Thread | None = None
         self._store: Store = PrefixStore(f"arc/{membership.run_id or 'none'}", self._tcp_store)
 
     def announce(self, address: CoordinatorAddress, *, shrinks: int = 0) -> None:
@@ -83,6 +99,21 @@ class Meeting:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_S)
+
+    def look_up_briefly(self, *, shrinks: int = 0) -> CoordinatorAddress | None:
+        """As `look_up`, for who must not wait for a store on a lost host; None also while an earlier look waits."""
+        if self._brief_look is not None and self._brief_look.is_alive():
+            return None
+        found: list[CoordinatorAddress | None] = []
+
+        def look() -> None:
+            try:
+                found.append(self.look_up(timeout_s=0.0, shrinks=shrinks))
+            except RuntimeError as error:
+                logger.debug("the launcher's store was not asked: %s", error)
+
+        self._brief_look = _within(_BRIEF_LOOK_S, look)
+        return found[0] if found else None
 
     def leave(self, token: str, membership: Membership) -> None:
         """Another rank than 0 says that it needs the coordinator no more. Best effort."""
@@ -121,11 +152,12 @@ class Meeting:
         return f"left/{hashlib.sha256(token.encode()).hexdigest()[:16]}"
 
 
-def _within(timeout_s: float, act: Callable[[], None]) -> None:
+def _within(timeout_s: float, act: Callable[[], None]) -> threading.Thread:
     """Acts, but goes on after `timeout_s`: the store may be on a lost host, for which its client waits for minutes."""
     thread = threading.Thread(target=act, name="arc-meeting", daemon=True)
     thread.start()
     thread.join(timeout_s)
+    return thread
 
 
 def _key(shrinks: int) -> str:

@@ -69,6 +69,7 @@ class Setup:
         preempt_signals: which signals are notices.
         is_guarded: the script's optimizer steps are counted, so that it is known whether there were any.
         peers: sends, keeps and fetches copies of snapshots.
+        coordinator_limit_s: how long the coordinator may be out of reach before this rank cannot go on.
     """
 
     rank: int
@@ -82,3 +83,4 @@ class Setup:
     preempt_signals: tuple[int, ...]
     is_guarded: bool
     peers: Peers | None = None
+    coordinator_limit_s: float = 10.0

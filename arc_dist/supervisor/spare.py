@@ -9,6 +9,7 @@ from typing import Any
 
 from arc_dist.config import Env
 from arc_dist.coordinator.client import CoordinatorClient
+from arc_dist.coordinator.following import PATIENCE_S
 from arc_dist.errors import ConfigError, CoordinatorUnavailable
 from arc_dist.supervisor.events import LONG_POLL_S
 from arc_dist.supervisor.membership import Membership
@@ -47,7 +48,7 @@ def stand_by(env: Env, membership: Membership, meeting: Meeting, shm_dir: Path) 
             problem = error
             time.sleep(_RETRY_S)
             continue
-        heard_at, limit_s = time.monotonic(), _LOST_LIMIT_S
+        heard_at, limit_s = time.monotonic(), PATIENCE_S if found.can_move else _LOST_LIMIT_S
         if answer["kind"] == "take":
             return membership.taking(int(answer["rank"]))
         if answer["kind"] in ("done", "stop"):

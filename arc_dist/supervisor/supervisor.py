@@ -58,7 +58,6 @@ from arc_dist.telemetry.log import logger
 _ECHO_WAIT_S = 0.25
 _SIGNAL_RACE_S = 0.02
 _ZYGOTE_START_LIMIT_S = 300.0
-_COORDINATOR_LIMIT_S = 10.0
 _FAREWELL_LIMIT_S = 5.0
 _RETRY_S = 0.05
 _RETRY_MAX_S = 1.0
@@ -406,11 +405,11 @@ class Supervisor:
             lambda: self._directive is not None or self._leaving_without_trainer(), timeout_s=_RETRY_MAX_S
         ):
             lost_at = self._coordinator_lost_at
-            if lost_at is not None and time.monotonic() - lost_at > _COORDINATOR_LIMIT_S:
+            if lost_at is not None and time.monotonic() - lost_at > self._setup.coordinator_limit_s:
                 raise CoordinatorUnavailable(
-                    f"rank {self._setup.rank}: the coordinator in rank 0's supervisor has not answered for "
-                    f"{_COORDINATOR_LIMIT_S:.0f} s: {self._coordinator_error}. If rank 0's host is lost, the launcher "
-                    f"must restart the job (torchrun --max-restarts)."
+                    f"rank {self._setup.rank}: no answer for {self._setup.coordinator_limit_s:.0f} s: "
+                    f"{self._coordinator_error}. If rank 0's host is lost, the launcher must restart the job "
+                    f"(torchrun --max-restarts)."
                 )
         if self._directive is None:
             return self._leaving_directive()
@@ -437,7 +436,7 @@ class Supervisor:
 
     def _insist(self, call: Callable[[], Any]) -> None:
         """Makes a call that must reach the coordinator; asks again until it does or is lost for too long."""
-        deadline = time.monotonic() + _COORDINATOR_LIMIT_S
+        deadline = time.monotonic() + self._setup.coordinator_limit_s
         while True:
             try:
                 call()

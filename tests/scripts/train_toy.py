@@ -2,7 +2,8 @@
 
 Arguments: a JSON object with the fields of `toy.Toy`, and: "out" (a directory), "kills" ({rank: [steps]}), "raises"
 ({rank: step}), "oom" (a cgroup in which the kills are the OOM killer's), "pauses" ({rank: step}: waits there for ever,
-the first time), "lags" ({rank: seconds that each of its losses takes}), "store", "settings" (of Arc).
+the first time), "gates" (steps in which all ranks wait for a file `go-<step>` in "out"), "lags" ({rank: seconds that
+each of its losses takes}), "store", "settings" (of Arc).
 """
 
 import json
@@ -46,6 +47,8 @@ def main():
         if config.get("pauses", {}).get(str(rank)) == step and not paused.exists():
             paused.touch()
             signal.pause()
+        while step in config.get("gates", []) and not (out / f"go-{step}").exists():
+            time.sleep(0.01)
         time.sleep(config.get("lags", {}).get(str(rank), 0))
         if config.get("raises", {}).get(str(rank)) == step:
             raise ValueError(f"the script's own bug at step {step}")
