@@ -22,9 +22,10 @@ import torch
 
 from arc_dist.cadence import VoteCadence
 from arc_dist.errors import TrainingStopped
+from arc_dist.healing import out_of_memory
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
-from arc_dist.incident import incident, one_line, weights_digest
+from arc_dist.incident import Attempt, incident, one_line, weights_digest
 from arc_dist.mean_loss import MeanLoss
 from arc_dist.monitoring import Monitoring, tell
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
@@ -35,6 +36,7 @@ from arc_dist.protection import Protection
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag, names
 from arc_dist.protocol.hangs import Section
 from arc_dist.protocol.healing import Decision, Evidence, History, Mode, Rung, decide, healthy
+from arc_dist.protocol.oom import Division
 from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
@@ -55,18 +57,6 @@ class DataPort(Protocol):
     def position(self) -> dict[str, Any]: ...
     def rewind(self, position: Mapping[str, Any]) -> None: ...
     def skip(self, ordinal: int) -> None: ...
-
-
-@dataclasses.dataclass(slots=True)
-class Attempt:
-    """What this rank knows about the step being attempted, for the incident if there is one."""
-
-    ordinals: tuple[int, ...] = ()
-    losses: tuple[float, ...] = ()
-    norm: float | None = None
-    optimizer: int = 0
-    flags: int = 0
-    voids_gradient: bool = False  # the gradient was made NaN on purpose, to carry the flags
 
 
 class Guard:
@@ -115,17 +105,17 @@ class Guard:
         self.data: DataPort | None = None
         self.step = 0  # updates applied
         self.furthest = 0  # the highest step ever applied; lower ones are repetitions after a rollback
-        self.history = History()
+        self.history, self.division = History(), Division()
         self.rate = RateScale()
         self.sections = sections if sections is not None else Sections(settings.hang_policy, 0.0)
         self.agreed = 0  # requests that all ranks know of
         self._asked = 0  # requests of this rank; they stay up, so a signal in mid-step is not lost
         self.last_decision: Decision | None = None
         self.attempt = Attempt()
-        self._carries_votes = carries_votes and bool(settings.heeded & Flag.GRAD_NONFINITE)
-        self.vote_cadence = VoteCadence(is_fixed=not self._carries_votes)
+        self.carries_votes = carries_votes and bool(settings.heeded & Flag.GRAD_NONFINITE)
+        self.vote_cadence = VoteCadence(is_fixed=not self.carries_votes)
         self._is_alone = voter.world_size == 1
-        self._votes_early = norm_is_global
+        self.votes_early = norm_is_global
         self._is_voting = True  # on the step at hand
         self._generation = generation
         self._record = record
@@ -191,7 +181,7 @@ class Guard:
         attempt.voids_gradient = False
         if self.monitoring.origin is not None:
             self.monitoring.origin.begin()
-        self._is_voting = not self._carries_votes or self._is_vote_due(self.step + 1)
+        self._is_voting = not self.carries_votes or self._is_vote_due(self.step + 1)
         if not self._is_voting:
             attempt.voids_gradient = flags != 0
             return attempt.voids_gradient
@@ -199,7 +189,7 @@ class Guard:
             attempt.flags |= self._asked
         if self._is_writing is not None and self._is_writing():
             attempt.flags |= _BUSY
-        if self._votes_early and not self._is_alone:
+        if self.votes_early and not self._is_alone:
             self._send_ballot()
         return False
 
@@ -219,8 +209,11 @@ class Guard:
         self.mean_loss.begin()
 
     def request(self, flag: Flag) -> None:
-        """Asks all ranks for something with the next ballot."""
-        self._asked |= flag.value
+        """Asks all ranks for something with the next ballot, or tells them of a fault."""
+        if flag & FAULTS:
+            self._carried |= flag.value
+        else:
+            self._asked |= flag.value
 
     def conclude(self, norm: float | None) -> Decision | None:
         """Waits for the vote and judges the step, before its update is applied. Blocks; every rank must call it.
@@ -241,7 +234,7 @@ class Guard:
         if self._is_voting:
             merged = attempt.flags
             if not self._is_alone:
-                if not self._votes_early:
+                if not self.votes_early:
                     attempt.flags |= faults
                     self._send_ballot()
                 merged = self.voter.result(step)
@@ -269,8 +262,7 @@ class Guard:
         step = self.step + 1
         seen = self.gradient_monitors[optimizer].judge(norm).value & self._heeded
         if not attempt.losses:
-            # No loss was voted on, so this is the step's only ballot.
-            carried, self._carried = self._carried, 0
+            carried, self._carried = self._carried, 0  # no loss was voted on, so this is the step's only ballot
             seen |= (self.watch.judge(self.step) | carried) & self._heeded | self._asked
         local = bool(not attempt.losses) or not self.replicated
         attempt.flags = seen
@@ -375,7 +367,7 @@ class Guard:
         """
         flags = (self.watch.scan().value | self._carried | self.monitoring.look_at_rest()) & self._heeded & _FAULTS
         self._carried = 0
-        self.attempt = Attempt(flags=flags)
+        self.attempt = Attempt(flags=flags, memory=self.attempt.memory)
         self.voter.begin(flags | (_ALERT if self.monitoring.alerts else 0))
         merged = self.voter.result(self.step)
         if merged & _ALERT:
@@ -456,10 +448,9 @@ class Guard:
     def _decide(self, faults: Flag, step: int) -> Decision:
         """The slow path: details of all ranks, then the pure decision. Every rank gets here together."""
         self.watch.follow()
-        local = [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
+        found = [*self.watch.probe.findings]
         corrupt = self.watch.scan()
-        local += [dataclasses.asdict(finding) for finding in self.watch.probe.findings]
-        local = [dataclasses.asdict(finding) for finding in self.monitoring.take_findings()] + local
+        found = [*self.monitoring.take_findings(), *found, *self.watch.probe.findings]
         attempt = self.attempt
         mine = {
             "rank": self.voter.rank,
@@ -469,12 +460,14 @@ class Guard:
             "losses": attempt.losses,
             "grad_norm": attempt.norm,
             "batches": attempt.ordinals,
-            "tensors": [{**finding, "flag": names(finding["flag"])} for finding in local][:8],
+            "tensors": [{**dataclasses.asdict(finding), "flag": names(finding.flag)} for finding in found][:8],
             "learning_rate": self.rate_monitor.offender if attempt.flags & Flag.LEARNING_RATE else None,
+            "memory": attempt.memory,
             "corrupt": bool(corrupt),
             "certified": self.protection.certified_steps(),
             "weights": weights_digest(self.state) if self.replicated else None,
         }
+        attempt.memory = None
         self.details = self.voter.gather(mine, step)
         if any(theirs["voids_gradient"] for theirs in self.details):
             faults &= ~Flag.GRAD_NONFINITE  # it was how that rank told the others of its ballot
@@ -488,6 +481,10 @@ class Guard:
             or len({theirs["weights"] for theirs in self.details}) > 1,
             certified=tuple(sorted(certified, reverse=True)),
         )
+        divided = out_of_memory.decide(self.division, self.details, evidence, self.history.lr_scale)
+        if divided is not None:
+            self.division, decision = divided
+            return decision
         self.history, decision = decide(self.settings.policy, self.history, evidence)
         return decision
 
@@ -506,6 +503,7 @@ class Guard:
             "step": self.step,
             "furthest": self.furthest,
             "history": self.history.as_dict(),
+            "division": self.division.as_dict(),
             "loss": self.loss_monitor.state_dict(),
             "reduced_loss": self.reduced_loss_monitor.state_dict(),
             "gradient": [monitor.state_dict() for monitor in self.gradient_monitors],
@@ -524,6 +522,7 @@ class Guard:
         if with_history:
             self.furthest = state["furthest"]
             self.history = History.from_dict(state["history"])
+            self.division = Division.from_dict(state.get("division", {}))  # not in checkpoints of earlier versions
             self.rate.factor = self.history.lr_scale
         self.loss_monitor.load_state_dict(state["loss"])
         self.reduced_loss_monitor.load_state_dict(state["reduced_loss"])
