@@ -266,14 +266,12 @@ class Divided:
             self._restart(where, told, self.obstacle)
         logger.warning("step %d: out of memory in %s (%s)", self._guard.step + 1, where.value, told)
         self._tell(where, batches, told)
-        ordinals = tuple([batch.ordinal for batch in batches])
         has_voted = self.is_reducing
         if has_voted:
             self._guard.attempt.flags |= Flag.OUT_OF_MEMORY.value
             self._guard.attempt.voids_gradient = True
         else:
             self._guard.request(Flag.OUT_OF_MEMORY)
-            self._guard.begin_vote((), ordinals)
         try:
             self._stand_in(batches, has_voted)
         except NotMatched as obstacle:
@@ -308,23 +306,45 @@ class Divided:
         }
 
     def _stand_in(self, batches: Sequence[Batch], has_voted: bool) -> None:
-        """Takes part in what is left of this step's collectives."""
-        if self._replicas is not None:
-            self._replicas.complete(is_reducing=has_voted, is_first=self.piece == 0)
+        """Takes part in what is left of this step's votes and collectives."""
         if self._shards is None:
+            self._vote(batches)
+            if self._replicas is not None:
+                self._replicas.complete(is_reducing=has_voted, is_first=self.piece == 0)
             return
-        shards, failed_at = self._shards, self.piece
         pieces = list(self.pieces(batches))
-        # As few samples as there can be: two where the failed part had more, none where it had but one.
-        samples = self._split.largest(pieces[failed_at].data, 1)
-        size = min(_TINY, samples // 2) if samples is not None else _TINY
-        shards.begin()
-        for piece in pieces[failed_at:]:
-            with self._sync.micro_batch(last=piece.reduces):
-                self._calls.loss(self._split.some(piece.data, size)).backward()
+        for size in range(_TINY, -1, -1):
+            try:
+                self._tiny_pass(batches, pieces, size)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if size == 0 or not is_out_of_memory(error):
+                    raise
+                free(error, thoroughly=True)
         # Where the norm is the same on all ranks the ballot went out before the backward.
-        shards.end(must_void=has_voted and self._guard.votes_early)
+        self._shards.end(must_void=has_voted and self._guard.votes_early)
         self._calls.clip()
+
+    def _vote(self, batches: Sequence[Batch]) -> None:
+        """Hands the ballot in, unless the step that failed did; as in a step, between its forward and last backward."""
+        if not self.is_reducing:
+            self._guard.begin_vote((), tuple([batch.ordinal for batch in batches]))
+            self.is_reducing = True
+        elif self._guard.watch.followed == self._guard.step:
+            self._engine.state.tensors()  # lets go of gathered parameters, as the vote did: they are gathered once more
+
+    def _tiny_pass(self, batches: Sequence[Batch], pieces: Sequence[Piece], size: int) -> None:
+        """The rest of the step, from the piece at hand on, with `size` samples of each piece."""
+        self._shards.begin()
+        for number in range(self.piece, len(pieces)):
+            if number > self.piece:
+                self.begin_piece(number)
+            piece = pieces[number]
+            with self._sync.micro_batch(last=piece.reduces):
+                loss = self._calls.loss(self._split.some(piece.data, size))
+                if piece.is_last:
+                    self._vote(batches)
+                loss.backward()
 
     def enough_of(self, data: Any, guard_state: dict[str, Any]) -> Any:
         """What of a batch a throw-away pass needs: all of it, unless the state to come divides batches.

@@ -73,12 +73,12 @@ def test_wherever_one_rank_fails_the_run_is_bitwise_that_with_the_step_divided_f
             where = "backward" if place.startswith("backward") else "forward"
             assert details[last_rank(toy)]["memory"]["where"] == where
             replicas.add(replica)
-        if toy.kind == "ddp":
+        if toy.kind == "ddp" and not toy.batch_norm:  # DDP evens out running statistics in the next forward only
             assert len(replicas) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", ["last layer", "backward, late"])
+@pytest.mark.parametrize("place", ["before the model", "last layer", "backward, late"])
 def test_the_very_first_steps_and_several_divisions(kind, place):
     """The first step, where DDP has not arranged its buckets, and the second, where it does; down to 2 samples."""
     toy = Toy(kind=kind, steps=6)
@@ -104,7 +104,7 @@ def test_without_dropout_the_result_is_that_of_the_undivided_batch_up_to_roundin
     toy = Toy(kind=kind, steps=STEPS)
     outcomes = launch(toy, undivided_body, Shortage(rank=last_rank(toy), fits=1))
     undivided = launch(toy, undivided_body, NEVER)
-    assert outcomes[-1][0] == [8, 4, 2]
+    assert set(outcomes[-1][0]) == {8, 4, 2}, "also when a tiny batch takes the place of a part"
     for (_, losses, ours), (_, theirs_losses, theirs) in zip(outcomes, undivided):
         assert losses == pytest.approx(theirs_losses, rel=1e-5)
         for mine, other in zip(ours, theirs):
@@ -121,7 +121,7 @@ def hopeless_body(rank, world_size, toy, place):
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_one_sample_does_not_fit_all_ranks_stop_and_say_what_was_tried(kind):
     outcomes = launch(Toy(kind=kind, steps=STEPS), hopeless_body, "backward, early")
-    assert outcomes[-1][0] == [8, 4, 2, 1]
+    assert set(outcomes[-1][0]) == {8, 4, 2, 1}
     assert {code for _, code, _ in outcomes} == {77}
     if kind == "ddp":
         assert len({replica for *_, replica in outcomes}) == 1

@@ -136,9 +136,10 @@ class ShardStandIn:
         """The failed pass is given up. A tiny one over the same micro-batch, and all that follow it, comes next."""
         traffic = self._traffic
         for root in self._roots:
-            root.reset_iter_state()
+            if root._get_fsdp_state()._is_root is not None:  # else it has not had a forward yet
+                root.reset_iter_state()
         traffic.left_out = traffic.count - self._began
-        traffic.is_void, traffic.num_voided = True, 0
+        traffic.is_void = True
 
     def end(self, *, must_void: bool) -> None:
         """After the tiny pass.
@@ -151,7 +152,7 @@ class ShardStandIn:
         """
         traffic = self._traffic
         left, voided = traffic.left_out, traffic.num_voided
-        traffic.left_out, traffic.is_void = 0, False
+        traffic.left_out, traffic.is_void, traffic.num_voided = 0, False, 0
         if left:
             raise NotMatched(f"a pass over a tiny batch has {left} collectives less than the one that failed.")
         if must_void and not voided:
