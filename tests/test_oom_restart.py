@@ -85,27 +85,31 @@ def address_space():
     return int(words[0]) * resource.getpagesize()
 
 
-WIDTH = 1 << 17  # copies of each output: 8 samples take 8 x 4 x 4 x 2^17 bytes = 16 MiB a tensor
-HEADROOM = 40 << 20
+# Copies of each output: a tensor of 8 samples takes 8 x 4 x 4 x 2^18 bytes = 32 MiB, and a step needs more than four.
+WIDTH = 1 << 18
+HEADROOM = 110 << 20
 
 
 def limited_body(rank, world_size, toy, limited):
-    """Activations of many MiB; from step 4 on the last rank's address space may hardly grow."""
+    """Activations of many MiB; from step 4 on the last rank's address space may grow by less than they need."""
     model = build_model(toy).eval()
     optimizers = build_optimizers(toy, model)
     arc = Arc(model, optimizers, max_grad_norm=1.0, snapshot_every=5)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    is_limited = not limited
 
     def loss_fn(batch):
+        nonlocal is_limited
         x, y = batch
         output = model(x)
-        if limited and rank == world_size - 1 and arc.steps_done == 3:
+        if not is_limited and rank == world_size - 1 and arc.steps_done == 3:
+            is_limited = True
             resource.setrlimit(resource.RLIMIT_AS, (address_space() + HEADROOM, hard))
         difference = output.repeat_interleave(WIDTH, 1) - y.repeat_interleave(WIDTH, 1)
         return nn.functional.gelu(difference).pow(2).mean()
 
     try:
-        actions = [step.action for step in arc.train(loss_fn, build_loader(toy), steps=8)]
+        actions = [step.action for step in arc.train(loss_fn, build_loader(toy), steps=5)]
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     guard = arc._engine.guard
@@ -117,15 +121,18 @@ def _local(model):
     return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("single", marks=pytest.mark.soak), "ddp", pytest.param("fsdp", marks=pytest.mark.soak)],
+)
 def test_the_allocators_own_error_under_a_limit_of_the_address_space(kind):
     toy, world_size = Toy(kind=kind), 1 if kind == "single" else 2
     outcomes = run_ranks(world_size, limited_body, toy, True, init=kind != "single")
     free = run_ranks(world_size, limited_body, toy, False, init=kind != "single")
     for (actions, parts, told, ours, digest), (others, one, nothing, theirs, _) in zip(outcomes, free):
         assert parts > 1, "memory must have been short"
-        assert [action for action in actions if action != "apply"] == ["retry"]
-        assert actions[3] == "retry"
+        assert actions[:4] == ["apply", "apply", "apply", "retry"]
+        assert set(actions) == {"apply", "retry"}
         assert told and "DefaultCPUAllocator" in told[0]
         assert (set(others), one, nothing) == ({"apply"}, 1, [])
         for mine, other in zip(ours, theirs):
