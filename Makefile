@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find arc_dist -name '*.py' -o -name py.typed -o -name '*.html')
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench soak services format clean
+.PHONY: demo test check coverage bench soak services format clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -49,6 +49,13 @@ check: $(DEV)
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
+
+# Every branch of the rules, by the tests of the rules alone.
+coverage: $(DEV)
+	@mkdir -p build
+	$(BIN)/coverage run --data-file=build/coverage --branch --source=arc_dist.protocol -m pytest -q -p no:cacheprovider \
+	    $(wildcard tests/test_protocol_*.py) tests/test_preemption_rules.py tests/test_simulated_supervisor.py $(ARGS)
+	$(BIN)/coverage report --data-file=build/coverage --show-missing --fail-under=100
 
 bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done

@@ -267,3 +267,25 @@ def test_the_same_hang_again_and_again_is_no_progress():
 def test_where_it_hung_survives_the_journal():
     assert Cause.from_dict(HANG.as_dict()) == HANG
     assert Cause.from_dict(BUG.as_dict()) == BUG
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (Cause(kind=CauseKind.OOM, signal=9), "lack of memory"),
+        (Cause(kind=CauseKind.HANG, message="in forward for 9 s"), "hung (in forward for 9 s)"),
+        (Cause(kind=CauseKind.EXIT, exit_code=3), "exited with code 3"),
+        (Cause(kind=CauseKind.LOST), "lost without a report"),
+        (Cause(kind=CauseKind.REPLACED), "replaced by another supervisor"),
+        (Cause(kind=CauseKind.OVERDUE), "grace period"),
+    ],
+    ids=lambda value: value.kind.value if isinstance(value, Cause) else "",
+)
+def test_each_cause_is_said_in_words(cause: Cause, words: str):
+    assert words in str(cause)
+    assert cause.signature.startswith(cause.kind.value)
+
+
+def test_an_exit_that_blames_the_infrastructure_is_not_the_users():
+    assert not Cause(kind=CauseKind.EXIT, exit_code=ExitCode.INFRASTRUCTURE).is_users
+    assert Cause(kind=CauseKind.EXIT, exit_code=3).is_users

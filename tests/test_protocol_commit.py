@@ -186,3 +186,11 @@ def test_a_manifest_has_all_its_shards_in_one_tier_and_tiers_only_grow(words):
             assert save.tier >= tier
             tier = save.tier
     assert committed <= 1
+
+
+def test_poison_leaves_what_is_over_or_of_other_steps_alone():
+    both = commit.offer(commit.offer(saves(), shard(0)).saves, shard(0, step=20)).saves
+    poison = (Poison(from_step=9, to_step=12, generation=1),)
+    once = commit.poison(both, poison)
+    assert commit.status_of(once, 20, 1)[0] is CommitStatus.PENDING
+    assert commit.poison(once, poison) == once

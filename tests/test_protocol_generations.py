@@ -424,3 +424,78 @@ def test_law_the_journal_holds_what_ranks_were_told(heard: list[Any]):
             before, after = (directive(job, rank, generation) for job in (state, again))
             # What it knows of readiness is gone, so it may ask for it again; it orders nothing else.
             assert after.order in (before.order, Order.END)
+
+
+def says_nothing_new(event: Any, job: Job) -> str:
+    outcome = apply(CONFIG, job, event, 0.0)
+    assert outcome.job == job
+    assert outcome.actions == ()
+    return outcome.reason
+
+
+@pytest.mark.parametrize(
+    "event", [died(0, 1), finished(0, 1), ready(0, 3), WentBack(rank=0, generation=1, step=4)], ids=str
+)
+def test_what_belongs_to_another_generation_changes_nothing(event: Any):
+    assert "generation" in says_nothing_new(event, RUNNING)
+    if not isinstance(event, WentBack):
+        assert "generation" in says_nothing_new(event, ENDING) or isinstance(event, Finished)
+
+
+def test_what_is_known_changes_nothing():
+    once, _ = play(finished(0, 0), Preempted(rank=1), Progressed(rank=0, generation=0, step=7), job=RUNNING)
+    assert says_nothing_new(finished(0, 0), once) == "known already"
+    assert says_nothing_new(Preempted(rank=0), once) == "known already"
+    assert says_nothing_new(Progressed(rank=0, generation=0, step=7), once) == "nothing new"
+    assert says_nothing_new(Progressed(rank=0, generation=1, step=9), once) == "nothing new"
+    assert once.reached == 7
+    assert apply(CONFIG, once, join(0), 0.0).actions == ()  # the same supervisor, which did not hear the answer
+    listed = Listed(url="u", committed=frozenset({Committed(step=1, url="u", generation=0)}))
+    assert says_nothing_new(listed, play(listed, job=once)[0]) == "known already"
+    assert says_nothing_new(died(1, 0), ENDING) == "known already"
+
+
+def test_a_loss_that_is_noticed_twice_is_known():
+    noticed, _ = play(ready(1, 1), job=RUNNING)
+    (lost,) = noticed.deaths
+    assert lost.cause.kind is CauseKind.LOST
+    assert says_nothing_new(Died(generation=0, death=lost), noticed) == "known already"
+
+
+def test_told_to_go_with_nothing_in_memory_ends_as_preempted():
+    job, actions = play(Preempted(rank=0), died(0, 0), ready(0, 1), ready(1, 1), job=RUNNING)
+    assert job.phase is Phase.STOPPED
+    assert job.stop is not None and job.stop.exit_code == ExitCode.PREEMPTED
+    assert "nothing is left to save" in job.stop.reason
+    assert isinstance(actions[-1], JobOver)
+
+
+def told_to_go_with_memory() -> Job:
+    held = Holding(step=4, slot=0, certified=True)
+    job, _ = play(Preempted(rank=0), died(0, 0), ready(0, 1, held), ready(1, 1, held), job=RUNNING)
+    assert job.phase is Phase.RUNNING
+    assert job.flushing
+    return job
+
+
+def test_told_to_go_with_a_snapshot_in_memory_has_it_saved_and_ends_as_preempted():
+    job, _ = play(finished(0, 1), finished(1, 1), job=told_to_go_with_memory())
+    assert job.stop is not None and job.stop.exit_code == ExitCode.PREEMPTED
+    assert "step 4 was saved from memory" in job.stop.reason
+
+
+def test_a_snapshot_that_could_not_be_saved_from_memory_is_said():
+    job, _ = play(died(1, 1), ready(0, 2), ready(1, 2), job=told_to_go_with_memory())
+    assert job.stop is not None and job.stop.exit_code == ExitCode.INFRASTRUCTURE
+    assert job.stop.blame_rank == 1
+    assert "step 4 could not be saved from memory" in job.stop.reason
+
+
+def test_who_comes_late_to_the_end_is_told_of_it():
+    stopped, _ = play(Preempted(rank=0), died(0, 0), ready(0, 1), ready(1, 1), job=RUNNING)
+    assert directive(stopped, 0, 1).order is Order.STOP
+    done, _ = play(finished(0, 0), finished(1, 0), job=RUNNING)
+    assert directive(done, 0, 0).order is Order.DONE
+    later, _ = play(ready(0, 1), ready(1, 1), job=ENDING)
+    assert directive(later, 0, 0).order is Order.END
+    assert "say ready again" in directive(later, 0, 2).reason

@@ -6,11 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arc_dist.protocol.pick import Committed, Known, Plan, Poison, Restored, Tier, pick
-from arc_dist.protocol.sources import Copy, Holding, Inventory, Source
+from arc_dist.protocol.sources import Copy, Holding, Inventory, Source, replica_keys
 
 KEY = 77
 
@@ -415,3 +416,16 @@ def test_law_shortening_what_was_restored_changes_no_refusal(known: Known, told:
                 told_short = short.refusal(step, generation, in_memory=in_memory)
                 told_long = long.refusal(step, generation, in_memory=in_memory)
                 assert (told_short is None) == (told_long is None)
+
+
+def test_a_plan_of_another_version_is_refused():
+    fields = Plan(generation=1, step=None, tier=Tier.NONE, reason="").as_dict()
+    with pytest.raises(ValueError, match="plan version 99"):
+        Plan.from_dict({**fields, "version": 99})
+
+
+def test_what_is_kept_for_a_rank_of_a_larger_world_says_nothing_of_this_one():
+    kept = Copy(owner=7, holding=Holding(step=4, slot=0, replica_key=9))
+    mine = Holding(step=4, slot=1, replica_key=3)
+    inventory = Inventory(host="h", shm_dir="/0", holdings=(mine,), copies=(kept,))
+    assert replica_keys({0: inventory}) == {0: frozenset({3})}

@@ -212,3 +212,25 @@ def test_membership_of_a_smaller_world():
         "GROUP_WORLD_SIZE": "2",
     }  # fmt: skip
     assert len({key for member in itertools.chain(before, after) for key in [member.shrinks]}) == 2
+
+
+def test_a_rank_that_somebody_else_has_now_is_heard_from_then_on():
+    pulses = Pulses(PulseRules(timeout_s=10.0, min_nodes=1), 2)
+    for second in range(20):
+        pulses.hear(0, 0, float(second))
+        if second == 0:
+            pulses.hear(1, 1, 0.0)
+            pulses.leave(1)
+        assert pulses.silent(float(second)) == {}  # it said that it leaves
+    pulses.expect(1)
+    for second in range(20, 29):
+        pulses.hear(0, 0, float(second))
+        assert pulses.silent(float(second)) == {}
+    assert list(pulses.silent(31.0)) == [1]
+
+
+def test_without_a_timeout_nobody_is_ever_lost():
+    pulses = Pulses(PulseRules(timeout_s=0.0, min_nodes=1), 2)
+    pulses.hear(1, 1, 0.0)
+    assert pulses.silent(1e6) == {}
+    assert not pulses.was_asleep

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arc_dist.protocol.hosts import MIN_DEATHS, Blamed
 from arc_dist.protocol.job import Job, Member, Phase
 from arc_dist.protocol.sources import Inventory
-from arc_dist.protocol.spares import assign, due_s, lost_ranks
+from arc_dist.protocol.spares import assign, due_s, lost_ranks, unwanted_hosts
 
 
 def member(host: str, pid: int) -> Member:
@@ -109,3 +110,13 @@ def test_who_is_not_ready_in_time_is_lost(phase):
 def test_nobody_is_lost_while(present):
     assert lost_ranks(present, {}, patience_s=15, now_s=1e6) == frozenset()
     assert due_s(present, {}, patience_s=15) is None
+
+
+def test_hosts_are_unwanted_for_being_slow_and_for_deaths_and_the_reason_is_told():
+    members = {rank: member(host, rank) for rank, host in enumerate("abc")}
+    blamed = tuple(Blamed(generation=generation, host="c") for generation in range(MIN_DEATHS))
+    job = Job(generation=MIN_DEATHS, members=members, blamed=blamed)
+    assert unwanted_hosts(replace(job, blamed=()), ()) == {}
+    assert unwanted_hosts(replace(job, blamed=()), (1, 7)) == {"b": "rank 1 is persistently slow"}
+    assert set(unwanted_hosts(job, (1,))) == {"b", "c"}
+    assert f"last {MIN_DEATHS} deaths" in unwanted_hosts(job, ())["c"]

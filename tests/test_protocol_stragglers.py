@@ -72,3 +72,11 @@ def test_reported_again_after_it_was_fast_for_as_long():
         streaks, reported = streaks.after(found, RANKS)
         count += len(reported)
     assert count == 2
+
+
+def test_what_is_known_of_a_rank_does_not_pass_to_the_next_that_has_its_number():
+    streaks = Streaks()
+    for _ in range(PATIENCE):
+        streaks, _ = streaks.after((slow(1), slow(2)), RANKS)
+    assert streaks.slow == {1, 2}
+    assert streaks.without(1).slow == {2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def usage(job: Job) -> dict[str, int]:
         "supervisors_bytes": sum(map(resident_bytes, others)),
         "trainers_bytes": sum(map(resident_bytes, alive)),
         "shared_bytes": file_bytes(job.shm_root.rglob("*")),
-        "store_bytes": file_bytes(job.directory.glob("store/**/*")),
+        "store_bytes": bytes_between_saves(job.directory / "store"),
     }
 
 
@@ -69,6 +70,15 @@ def file_bytes(paths: Iterable[Path]) -> int:
         except FileNotFoundError:
             continue  # pruned while we look
     return total
+
+
+def bytes_between_saves(store: Path) -> int:
+    """A save, and what an interrupted one left, is there for a while: the least of many looks is without."""
+    looks: list[int] = []
+    while len(looks) < 40:
+        looks.append(file_bytes(store.rglob("*")))
+        time.sleep(0.05)
+    return min(looks)
 
 
 def descendants(pid: int) -> list[int]:

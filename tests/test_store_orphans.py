@@ -191,3 +191,44 @@ def test_old_drafts_in_a_checkpoint_go_and_the_checkpoint_stays(tmp_path: Path) 
     assert not [path for path in directory.iterdir() if path.name.startswith(".")]
     assert store.open(1).verify() == []
     assert collect(store, after_s=2 * DAY) == []
+
+
+def started(root: Path | str, owner: str) -> Store:
+    store = Store(str(root), owner=owner)
+    store.check_writable()
+    store.take_over()
+    return store
+
+
+def test_a_job_removes_at_once_what_its_earlier_starts_left_unfinished_and_nothing_else(tmp_path: Path) -> None:
+    first = started(tmp_path, "start 1")
+    save(first, 1)
+    begin(first, 2)
+    begin(first, 3)  # a copy of it may be under way: another tier holds it
+    begin(Store(str(tmp_path), owner="stranger"), 4)
+    second = started(tmp_path, "start 2")
+    begin(second, 5)
+    assert first.collect_own() == []  # it was replaced, and is nobody to judge
+    assert [orphan.directory for orphan in second.collect_own(held_elsewhere={3})] == ["step-00000002"]
+    left = {f"step-{step:08d}" for step in (1, 3, 4, 5)}
+    assert names(second.backend) == left
+    assert second.collect_own(held_elsewhere={3}) == []
+    assert second.open(1).verify() == []
+
+
+def test_a_save_of_a_replaced_start_that_wakes_up_finds_nothing_to_commit(tmp_path: Path) -> None:
+    first = started(tmp_path, "start 1")
+    part = begin(first, 2)
+    second = started(tmp_path, "start 2")
+    assert len(second.collect_own()) == 1
+    with pytest.raises(ArcError):
+        first.commit(2, 0, 1, {0: part}, {"certified": True})
+    assert names(second.backend) == set()
+
+
+def test_on_an_object_store_a_commit_may_be_on_its_way_so_the_grace_period_is_kept() -> None:
+    url = f"memory://orphans-{uuid.uuid4().hex}"
+    begin(started(url, "start 1"), 2)
+    second = started(url, "start 2")
+    assert second.collect_own() == []
+    assert names(second.backend) == {"step-00000002"}

@@ -9,6 +9,10 @@ owner and the generation, but a process of another host may sleep for hours and 
    change in it tells; elsewhere, nothing tells the time, so what the directory looks like (names and sizes) is noted in
    the run's marks, and it is due once it has looked the same for the grace period in a later call.
 
+An attempt of a start of the job that was replaced (`owners`) may not commit any more, so on a file system whoever
+replaced it need not wait for 2: see `collect_own`. On an object store a commit that was on its way at that moment
+would leave a manifest without its files, so there it waits for the grace period as well.
+
 Should the save go on after all, it must not become a checkpoint without its files. Whoever removes a directory
 therefore first takes the name of the manifest, with a tombstone, by the same exclusive create that a commit needs: one
 of the two wins. If the commit wins, the directory is a checkpoint and stays. If the tombstone does, the commit finds
@@ -28,7 +32,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, cast
 
 from arc_dist.checkpoint_store import pins
@@ -44,6 +48,7 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.litter import find_litter, remove_litter
+from arc_dist.checkpoint_store.owners import replaced_owners
 from arc_dist.checkpoint_store.references import protectors
 from arc_dist.errors import ConfigError, StoreCorrupt, StoreGone
 
@@ -87,6 +92,7 @@ def find_orphans(
     *,
     grace_s: float = DEFAULT_GRACE_S,
     owner: str | None = None,
+    is_void: Callable[[str | None, int], bool] = lambda owner, step: False,
     now: float | None = None,
 ) -> list[Orphan]:
     """Looks at the directories without a manifest, and for drafts in the others. Changes nothing.
@@ -96,6 +102,7 @@ def find_orphans(
         run: its name.
         grace_s: how long nothing must have changed, at least `MIN_GRACE_S`.
         owner: of the job that asks; its own attempts are never due.
+        is_void: whether an attempt of this owner at this step can come to nothing any more; it is due at once.
         now: seconds since 1970; by default, now.
 
     Raises:
@@ -117,7 +124,7 @@ def find_orphans(
         if directory in referred:
             continue
         with contextlib.suppress(StoreGone):  # removed or renamed meanwhile: no orphan
-            found.append(_examine(backend, run, directory, marks, grace_s, owner, at))
+            found.append(_examine(backend, run, directory, marks, grace_s, owner, is_void, at))
     if isinstance(backend, LocalBackend):  # elsewhere an unfinished upload has no name
         found += _old_drafts(backend, run, [orphan.directory for orphan in found], grace_s, at)
         found += _litter(backend, run, grace_s, at)
@@ -130,6 +137,7 @@ def collect_orphans(
     *,
     grace_s: float = DEFAULT_GRACE_S,
     owner: str | None = None,
+    is_void: Callable[[str | None, int], bool] = lambda owner, step: False,
     now: float | None = None,
 ) -> list[Orphan]:
     """Removes the directories that are due (see the module), and notes the others where that is needed.
@@ -140,11 +148,36 @@ def collect_orphans(
         All that was found, with what became of it.
     """
     at = time.time() if now is None else now
-    found = find_orphans(backend, run, grace_s=grace_s, owner=owner, now=at)
+    found = find_orphans(backend, run, grace_s=grace_s, owner=owner, is_void=is_void, now=at)
     done = [_collect(backend, run, orphan) if orphan.due else orphan for orphan in found]
     if not isinstance(backend, LocalBackend):
         _note(backend, run, [orphan.directory for orphan in done if not orphan.removed], at)
     return done
+
+
+def collect_own(backend: Backend, run: str, *, owner: str, held_elsewhere: Collection[int]) -> list[Orphan]:
+    """What a running job removes by itself: what killed processes of the same job left, with the shortest grace period.
+
+    Args:
+        backend: where the run is.
+        run: its name.
+        owner: of the job.
+        held_elsewhere: steps that another tier holds. What looks like an attempt at one here may be a copy of it that
+            was interrupted and will be taken up again, so it is given the grace period.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        StoreError: see `arc_dist.errors`.
+    """
+    replaced = replaced_owners(backend, run, owner) if isinstance(backend, LocalBackend) else frozenset[str]()
+
+    def is_void(began_by: str | None, step: int) -> bool:
+        return began_by in replaced and step not in held_elsewhere
+
+    done = collect_orphans(backend, run, grace_s=MIN_GRACE_S, owner=owner, is_void=is_void)
+    return [orphan for orphan in done if orphan.removed]
 
 
 def _without_manifest(backend: Backend, run: str) -> list[str]:
@@ -169,7 +202,14 @@ def _manifest_of(backend: Backend, path: str) -> bytes | None:
 
 
 def _examine(
-    backend: Backend, run: str, directory: str, marks: pins.Marks, grace_s: float, owner: str | None, now: float
+    backend: Backend,
+    run: str,
+    directory: str,
+    marks: pins.Marks,
+    grace_s: float,
+    owner: str | None,
+    is_void: Callable[[str | None, int], bool],
+    now: float,
 ) -> Orphan:
     path = f"{run}/{directory}"
     step = step_of_directory(directory)
@@ -186,6 +226,8 @@ def _examine(
         due, why = True, "its removal had begun"
     elif owner is not None and began_by == owner:
         why = "an attempt of this job"
+    elif is_void(began_by, step):
+        due, why = True, "of an earlier start of this job"
     elif age_s < grace_s:
         why = f"may be a save in progress: changed, or first seen, {max(age_s, 0):.0f} s ago, less than {grace_s:.0f} s"
     else:

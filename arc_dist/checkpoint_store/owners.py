@@ -108,6 +108,18 @@ def require_owner(backend: Backend, run: str, owner: str) -> None:
             )
 
 
+def replaced_owners(backend: Backend, run: str, owner: str) -> frozenset[str]:
+    """Those that may not commit in the run any more, as `owner` knows: none unless it is the newest itself.
+
+    Raises:
+        StoreError: see `arc_dist.errors`.
+    """
+    known = [_read(backend, run, number) for number in _numbers(backend, run)]
+    if not known or known[-1] is None or known[-1].owner != owner:
+        return frozenset()
+    return frozenset(earlier.owner for earlier in known[:-1] if earlier is not None) - {owner}
+
+
 def _outlives(owner: Owner, seconds: float) -> bool:
     """Whether that process is still alive after a while: one that was just killed takes a moment to be gone."""
     deadline = time.monotonic() + seconds

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ from arc_dist.checkpoint_store.format import (
     step_of_directory,
 )
 from arc_dist.checkpoint_store.manifest import Manifest
-from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_orphans
+from arc_dist.checkpoint_store.orphans import DEFAULT_GRACE_S, Orphan, collect_orphans, collect_own
 from arc_dist.checkpoint_store.owners import require_owner, take_over
 from arc_dist.checkpoint_store.pace import Pace
 from arc_dist.checkpoint_store.pruning import pin_step, prune, quarantine_steps, unpin_step
@@ -369,6 +369,10 @@ class Store:
             ConfigError: `grace_s` is too short.
         """
         return collect_orphans(self._backend, self.run, grace_s=grace_s, owner=self._owner or self._alone)
+
+    def collect_own(self, held_elsewhere: Collection[int] = ()) -> list[Orphan]:
+        """Removes what killed processes of this job left; see `orphans.collect_own`."""
+        return collect_own(self._backend, self.run, owner=self._owner or self._alone, held_elsewhere=held_elsewhere)
 
     def discard(self, step: int, *, generation: int, world_size: int) -> bool:
         """Removes this owner's uncommitted attempt at a step. Call it only when no rank writes to it any more.

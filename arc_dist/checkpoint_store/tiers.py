@@ -149,9 +149,23 @@ class Tiers:
             _log.warning("the abandoned attempt at step %d was not removed: %s", step, error.message)
 
     def prune(self, tier: int) -> list[int]:
-        """Removes the steps that the tier's own retention does not keep; returns them."""
+        """Removes the steps that the tier's own retention does not keep; returns them.
+
+        With retention, what killed processes of this job left there goes too.
+        """
         keep = self.tiers[tier].keep
-        return [] if keep is None else self.stores[tier].prune(parse_retention(keep))
+        if keep is None:
+            return []
+        removed = self.stores[tier].prune(parse_retention(keep))
+        elsewhere = {step for step, tiers in self.holders().items() if tiers != [tier]}
+        try:
+            left = self.stores[tier].collect_own(held_elsewhere=elsewhere)
+        except StoreError as error:
+            _log.warning("what interrupted saves left was not looked for: %s", error.message)
+            return removed
+        for orphan in left:
+            _log.info("%s: removed %s: %s", self.stores[tier].url, orphan.directory or "litter", orphan.why)
+        return removed
 
     def holders(self) -> dict[int, list[int]]:
         """Which tiers hold each step with a sound manifest: ``{step: [tier, ...]}``, fastest first."""
