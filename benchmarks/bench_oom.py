@@ -5,7 +5,7 @@ the time from the beginning of the step that fails to its commit, less that of a
 an undivided step, the median of those around it: the attempt that is lost takes most of one. What a divided step costs
 beside an undivided one is the machine's and the model's, and is shown apart.
 
-GPT 10.1M, 8 x 128 tokens per rank, 2 ranks, clipping on; the median over `--repeats` failures with a bootstrapped 95 %
+GPT 10.1M, 8 x 64 tokens per rank, 2 ranks, clipping on; the median over `--repeats` failures with a bootstrapped 95 %
 interval.
 """
 
@@ -32,14 +32,14 @@ from arc_dist import Arc
 from arc_dist.protocol.oom import Division
 from gpt import GPT, GPTConfig, make_optimizer, next_byte_loss
 
-SAMPLES, TOKENS = 8, 128
-AROUND = 4  # undisturbed steps before and after each failure
+SAMPLES, TOKENS = 8, 64
+AROUND = 3  # undisturbed steps before and after each failure
 SETTINGS = [("ddp", "forward"), ("ddp", "backward"), ("fsdp2", "forward"), ("fsdp2", "backward")]
 
 
-def model_of(kind: str) -> Any:
+def model_of(kind: str, config: GPTConfig) -> Any:
     torch.manual_seed(0)
-    model = GPT(GPTConfig.m10())
+    model = GPT(config)
     if kind == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -48,9 +48,9 @@ def model_of(kind: str) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def measure(kind: str, where: str, repeats: int) -> tuple[list[float], list[float]]:
+def measure(kind: str, where: str, repeats: int, config: GPTConfig) -> tuple[list[float], list[float]]:
     """The price of each failure, and divided steps, relative to undivided ones."""
-    model = model_of(kind)
+    model = model_of(kind, config)
     optimizer = make_optimizer(model, lr=1e-4)
     arc = Arc(model, optimizer, max_grad_norm=1.0, snapshot_every=1000)
     is_short = False
@@ -112,12 +112,12 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), medians[50], medians[1949]
 
 
-def work(rank: int, port: int, kind: str, where: str, repeats: int) -> None:
+def work(rank: int, port: int, kind: str, where: str, repeats: int, config: GPTConfig) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["ARC_LOG_LEVEL"] = "error"
     dist.init_process_group("gloo")
-    ratios, divided = measure(kind, where, repeats)
+    ratios, divided = measure(kind, where, repeats, config)
     if rank == 0:
         middle, low, high = interval(ratios)
         apart, *_ = interval(divided)
@@ -132,14 +132,17 @@ def work(rank: int, port: int, kind: str, where: str, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="failures per setting")
-    parser.add_argument("--quick", action="store_true", help="three failures per setting: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="a small model, three failures: shows that it runs")
+    parser.add_argument("--kinds", nargs="*", default=["ddp", "fsdp2"], choices=["ddp", "fsdp2"])
     arguments = parser.parse_args()
-    repeats = 3 if arguments.quick else arguments.repeats
+    repeats, config = (3, GPTConfig()) if arguments.quick else (arguments.repeats, GPTConfig.m10())
     for kind, where in SETTINGS:
+        if kind not in arguments.kinds:
+            continue
         store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         port = store.port
         del store
-        mp.spawn(work, (port, kind, where, repeats), nprocs=2)
+        mp.spawn(work, (port, kind, where, repeats, config), nprocs=2)
 
 
 if __name__ == "__main__":

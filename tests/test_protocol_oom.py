@@ -56,6 +56,15 @@ def test_a_batch_that_cannot_be_divided_stops_and_says_why():
     assert "it holds no tensor" in reason
 
 
+def test_what_a_rank_tells_is_understood():
+    told = {"where": "backward", "samples": 8, "obstacle": "", "parts": 2, "error": "out of memory"}
+    assert Failure.from_dict(3, told) == Failure(rank=3, where=Where.BACKWARD, samples=8)
+    assert str(Failure.from_dict(3, told)) == "rank 3 ran out of memory in the backward of 8 samples"
+    assert str(out_of_memory(None, where=Where.OPTIMIZER)) == "rank 1 ran out of memory in the optimizer"
+    assert Division().is_settled
+    assert not any(division.is_settled for division in (Division(parts=2), Division(is_trial=True)))
+
+
 def test_where_samples_cannot_be_counted_the_division_has_a_bound_of_its_own():
     division, remedy, _ = failed(Division(parts=MAX_PARTS // 2), [out_of_memory(None)])
     assert (remedy, division.parts) == (Remedy.RETRY, MAX_PARTS)
