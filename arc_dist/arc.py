@@ -17,6 +17,7 @@ from arc_dist.config import Env
 from arc_dist.engine import Engine, Resumed
 from arc_dist.errors import ConfigError
 from arc_dist.guard import Guard
+from arc_dist.healing.microbatch import SplitFunction
 from arc_dist.hooks import StepHooks, managed
 from arc_dist.leaving import leave
 from arc_dist.loop import GuardedLoop, LossFunction, StepResult, check_loss
@@ -118,6 +119,7 @@ class Arc:
         steps: int | None = None,
         epochs: int | None = None,
         exact: bool = True,
+        split: SplitFunction | None = None,
     ) -> Iterator[StepResult]:
         """Trains, yielding one result per committed step. Every rank must iterate in step.
 
@@ -130,6 +132,9 @@ class Arc:
             steps: updates in the whole run, over as many epochs as needed.
             epochs: passes over the data in the whole run; one when neither is given.
             exact: stop when a loader cannot give the same batches again; False warns, and goes on at the same place.
+            split: divides a batch that does not fit into memory: ``split(batch, parts)`` gives as many pairs of a part
+                and the weight of its loss. Without it a batch is divided along the first dimension of its tensors, and
+                the loss taken for a mean over samples (docs/oom.md).
 
         Raises:
             TrainingStopped: healing ran out of budget.
@@ -146,7 +151,7 @@ class Arc:
         try:
             engine.start(norm_is_global=self._clipped_everywhere(), owns_backward=True)
             source = engine.open_data(loader, steps=steps, epochs=epochs, exact=exact)
-            loop = GuardedLoop(engine, loss_fn, source, steps)
+            loop = GuardedLoop(engine, loss_fn, source, steps, split)
             engine.resume(data=source, warm_up=loop.warm_up)
             elastic.tell_worlds(engine, source, epochs=epochs)
             yield from loop.run()

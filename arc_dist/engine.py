@@ -231,13 +231,13 @@ class Engine:
         return store
 
     def resume(
-        self, *, data: BatchSource | None = None, warm_up: Callable[[Any], None] | None = None
+        self, *, data: BatchSource | None = None, warm_up: Callable[[Any, dict[str, Any]], None] | None = None
     ) -> Resumed | None:
         """Restores the newest state that all ranks can have. Every rank must call this; it blocks.
 
         Args:
             data: positioned at the exact sample too.
-            warm_up: one throw-away forward and backward of a batch, see `needs_warm_up`.
+            warm_up: one throw-away forward and backward of a batch, before the guard has this state: `needs_warm_up`.
         """
         self.guard.data = data
         planned = self.env.plan is not None and self.env.plan["tier"] != "none"
@@ -252,9 +252,9 @@ class Engine:
                 self.accumulate = data.accumulate
                 if warm_up is not None and needs_warm_up(self.state.models.values(), self.world_size, found.step):
                     if data.sample is not None:
-                        warm_up(data.sample)
+                        warm_up(data.sample, found.small["guard"])
                     else:  # an epoch begins here, and no batch of it has been seen
-                        warm_up(data.next().data)
+                        warm_up(data.next().data, found.small["guard"])
                         data.resume(position)
             self.guard.load(found.specs, found.tensors, found.small, cold=True)
             self.guard.agree_on_cadence()

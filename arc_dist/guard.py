@@ -12,7 +12,6 @@ class is what they share. A step goes through it like this::
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from arc_dist.cadence import VoteCadence
 from arc_dist.healer import Healer
 from arc_dist.healing.rate import RateScale
 from arc_dist.healing.vote import Voter, agree
+from arc_dist.incident import Attempt
 from arc_dist.mean_loss import MeanLoss
 from arc_dist.monitoring import Monitoring, tell
 from arc_dist.monitors import GradientMonitor, LearningRateMonitor, LossMonitor
@@ -34,6 +34,7 @@ from arc_dist.protection import Protection
 from arc_dist.protocol.decision import Decision
 from arc_dist.protocol.flags import FAULTS, REQUESTS, Flag
 from arc_dist.protocol.healing import History, Mode, healthy
+from arc_dist.protocol.oom import Division
 from arc_dist.sections import Sections
 from arc_dist.settings import Settings
 from arc_dist.snapshot.ring import SnapshotRing
@@ -57,18 +58,6 @@ class DataPort(Protocol):
     def rewind(self, position: Mapping[str, Any]) -> None: ...
     def skip(self, *ordinals: int) -> None: ...
     def skipped(self) -> tuple[int, ...]: ...
-
-
-@dataclasses.dataclass(slots=True)
-class Attempt:
-    """What this rank knows about the step being attempted, for the incident if there is one."""
-
-    ordinals: tuple[int, ...] = ()
-    losses: tuple[float, ...] = ()
-    norm: float | None = None
-    optimizer: int = 0
-    flags: int = 0
-    voids_gradient: bool = False  # the gradient was made NaN on purpose, to carry the flags
 
 
 class Guard:
@@ -120,7 +109,7 @@ class Guard:
         self.data: DataPort | None = None
         self.step = 0  # updates applied
         self.furthest = 0  # the highest step ever applied; lower ones are repetitions after a rollback
-        self.history = History()
+        self.history, self.division = History(), Division()
         self.rate = RateScale()
         self.clip_scale = 1.0
         self.on_clip_scale: Callable[[float], object] | None = None  # told of each change
@@ -129,10 +118,10 @@ class Guard:
         self._asked = 0  # requests of this rank; they stay up, so a signal in mid-step is not lost
         self.last_decision: Decision | None = None
         self.attempt = Attempt()
-        self._carries_votes = carries_votes and bool(settings.heeded & Flag.GRAD_NONFINITE)
-        self.vote_cadence = VoteCadence(is_fixed=not self._carries_votes)
+        self.carries_votes = carries_votes and bool(settings.heeded & Flag.GRAD_NONFINITE)
+        self.vote_cadence = VoteCadence(is_fixed=not self.carries_votes)
         self._is_alone = voter.world_size == 1
-        self._votes_early = norm_is_global
+        self.votes_early = norm_is_global
         self._is_voting = True  # on the step at hand
         self._generation = generation
         self._record = record
@@ -197,7 +186,7 @@ class Guard:
         attempt.voids_gradient = False
         if self.monitoring.origin is not None:
             self.monitoring.origin.begin()
-        self._is_voting = not self._carries_votes or self._is_vote_due(self.step + 1)
+        self._is_voting = not self.carries_votes or self._is_vote_due(self.step + 1)
         if not self._is_voting:
             attempt.voids_gradient = flags != 0
             return attempt.voids_gradient
@@ -205,7 +194,7 @@ class Guard:
             attempt.flags |= self._asked
         if self._is_writing is not None and self._is_writing():
             attempt.flags |= _BUSY
-        if self._votes_early and not self._is_alone:
+        if self.votes_early and not self._is_alone:
             self._send_ballot()
         return False
 
@@ -225,8 +214,11 @@ class Guard:
         self.mean_loss.begin()
 
     def request(self, flag: Flag) -> None:
-        """Asks all ranks for something with the next ballot."""
-        self._asked |= flag.value
+        """Asks all ranks for something with the next ballot, or tells them of a fault."""
+        if flag & FAULTS:
+            self._carried |= flag.value
+        else:
+            self._asked |= flag.value
 
     def conclude(self, norm: float | None) -> Decision | None:
         """Waits for the vote and judges the step, before its update is applied. Blocks; every rank must call it.
@@ -247,7 +239,7 @@ class Guard:
         if self._is_voting:
             merged = attempt.flags
             if not self._is_alone:
-                if not self._votes_early:
+                if not self.votes_early:
                     attempt.flags |= faults
                     self._send_ballot()
                 merged = self.voter.result(step)
@@ -289,8 +281,7 @@ class Guard:
         step = self.step + 1
         seen = self.gradient_monitors[optimizer].judge(norm).value & self._heeded
         if not attempt.losses:
-            # No loss was voted on, so this is the step's only ballot.
-            carried, self._carried = self._carried, 0
+            carried, self._carried = self._carried, 0  # no loss was voted on, so this is the step's only ballot
             seen |= (self.watch.judge(self.step) | carried) & self._heeded | self._asked
         local = bool(not attempt.losses) or not self.replicated
         attempt.flags = seen
@@ -397,7 +388,7 @@ class Guard:
         """
         flags = (self.watch.scan().value | self._carried | self.monitoring.look_at_rest()) & self._heeded & _FAULTS
         self._carried = 0
-        self.attempt = Attempt(flags=flags)
+        self.attempt = Attempt(flags=flags, memory=self.attempt.memory)
         self.voter.begin(flags | (_ALERT if self.monitoring.alerts else 0))
         merged = self.voter.result(self.step)
         if merged & _ALERT:
@@ -460,6 +451,7 @@ class Guard:
             "furthest": self.furthest,
             "history": self.history.as_dict(),
             "account": list(self.healer.account),
+            "division": self.division.as_dict(),
             "loss": self.loss_monitor.state_dict(),
             "reduced_loss": self.reduced_loss_monitor.state_dict(),
             "gradient": [monitor.state_dict() for monitor in self.gradient_monitors],
@@ -480,6 +472,7 @@ class Guard:
             self.history = History.from_dict(state["history"])
             self.healer.account = list(state.get("account", ()))
             self.follow(self.history)
+            self.division = Division.from_dict(state.get("division", {}))  # not in checkpoints of earlier versions
         self.loss_monitor.load_state_dict(state["loss"])
         self.reduced_loss_monitor.load_state_dict(state["reduced_loss"])
         for monitor, saved in zip(self.gradient_monitors, state["gradient"], strict=True):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arc_dist.errors import ArcError, TrainingStopped
-from arc_dist.healing import rungs
+from arc_dist.healing import out_of_memory, rungs
 from arc_dist.healing.escape import begins_empty, perturb, reset_moments
 from arc_dist.healing.ledger import Ledger
 from arc_dist.incident import incident, one_line, weights_digest
@@ -84,6 +84,11 @@ class Healer:
             certified=tuple(sorted(certified, reverse=True)),
             has_store=self._read_checkpoint is not None,
         )
+        divided = out_of_memory.decide(guard.division, self.details, evidence, guard.history)
+        if divided is not None:
+            self._evidence = evidence
+            guard.division, decision = divided
+            return decision
         decision = self._climb(evidence)
         if decision.rung is not Rung.APPLY:
             return decision
@@ -100,6 +105,7 @@ class Healer:
         local += [dataclasses.asdict(finding) for finding in guard.watch.probe.findings]
         local = [dataclasses.asdict(finding) for finding in guard.monitoring.take_findings()] + local
         attempt = guard.attempt
+        memory, attempt.memory = attempt.memory, None
         return {
             "rank": guard.voter.rank,
             "flags": names(Flag(attempt.flags & _FAULTS)),
@@ -110,6 +116,7 @@ class Healer:
             "batches": attempt.ordinals,
             "tensors": [{**finding, "flag": names(finding["flag"])} for finding in local][:8],
             "learning_rate": guard.rate_monitor.offender if attempt.flags & Flag.LEARNING_RATE else None,
+            "memory": memory,
             "corrupt": bool(corrupt),
             "certified": guard.protection.certified_steps(),
             "weights": weights_digest(guard.state) if guard.replicated else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +14,23 @@ from arc_dist.protocol.replicas import odd_ones
 from arc_dist.snapshot.state import TrainingState
 
 
+@dataclasses.dataclass(slots=True)
+class Attempt:
+    """What this rank knows about the step being attempted, for the incident if there is one."""
+
+    ordinals: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    norm: float | None = None
+    optimizer: int = 0
+    flags: int = 0
+    voids_gradient: bool = False  # the gradient was made NaN on purpose, to carry the flags
+    memory: dict[str, Any] | None = None  # how this rank ran out of memory, until all ranks have heard of it
+
+
 def incident(
     details: Sequence[Mapping[str, Any]], decision: Decision, failed_step: int, seconds: float
 ) -> dict[str, Any]:
-    """The record of a numeric fault.
+    """The record of a numeric fault, or of a rank that ran out of memory.
 
     Args:
         details: what each rank said in the slow path, in rank order.
@@ -30,7 +44,7 @@ def incident(
     tensors = sorted({finding["name"] for theirs in blamed for finding in theirs["tensors"]})
     restored = decision.restore_step
     return {
-        "kind": "numeric",
+        "kind": "out_of_memory" if any(theirs["memory"] for theirs in details) else "numeric",
         "step": failed_step,
         "cause": ", ".join(causes) + (f" in {', '.join(tensors)}" if tensors else ""),
         "ranks": [theirs["rank"] for theirs in blamed],

@@ -12,8 +12,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from arc_dist.data.place import mark
 from arc_dist.data.source import Batch, BatchSource
+from arc_dist.divided import Calls, Divided
 from arc_dist.engine import Engine
 from arc_dist.errors import ConfigError
+from arc_dist.healing.microbatch import SplitFunction
 from arc_dist.leaving import leave
 from arc_dist.parallel import Clipper, GradientSync, Parallelism
 from arc_dist.protocol.decision import Decision, Rung, Verdict
@@ -48,8 +50,8 @@ class StepResult(NamedTuple):
         loss: this rank's loss, the mean over its micro-batches.
         grad_norm: L2 norm of the gradient before clipping (of this rank's shards under FSDP2 without clipping).
         verdict: HEALTHY, or the worst verdict since the result before this one.
-        action: what was done since the result before this one ("skip", "rollback", "checkpoint", "escape" or the name
-            of a rung of the user's own), or "apply".
+        action: what was done since the result before this one ("skip", "retry", "rollback", "checkpoint", "escape" or
+            the name of a rung of the user's own), or "apply".
         reason: why, when something was done.
         repeated: the step had been committed before and was done again after a rollback or a restart.
         epoch: of the step's last batch, from 0.
@@ -75,9 +77,17 @@ class GuardedLoop:
         loss_fn: called with a batch; returns a scalar loss that requires grad.
         source: the batches.
         steps: updates in the whole run, or None for as many as the data gives.
+        split: how to divide a batch that does not fit into memory; None for the rule of `healing.microbatch`.
     """
 
-    def __init__(self, engine: Engine, loss_fn: LossFunction, source: BatchSource, steps: int | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loss_fn: LossFunction,
+        source: BatchSource,
+        steps: int | None,
+        split: SplitFunction | None = None,
+    ) -> None:
         self._engine = engine
         self._guard = engine.guard
         self._loss_fn = loss_fn
@@ -89,6 +99,8 @@ class GuardedLoop:
         sharded = engine.parallelism is Parallelism.SHARDED
         self._clip = Clipper(engine.trained_parameters(), self._settings.max_grad_norm, sharded=sharded)
         engine.guard.on_clip_scale = self._clip.tighten
+        calls = Calls(loss=self._loss, scaled=self._scaled, last_backward=self._last_backward, clip=self._clip)
+        self._divided = Divided(engine, source, self._sync, calls, split)
         self._trouble: Decision | None = None  # the worst decision since the last result
         self._epoch_losses: list[float] = []
         self._exhausted = False
@@ -97,6 +109,13 @@ class GuardedLoop:
 
     def run(self) -> Iterator[StepResult]:
         """Yields a result per committed step. Every rank must iterate in step."""
+        self._divided.begin()
+        try:
+            yield from self._run()
+        finally:
+            self._divided.close()
+
+    def _run(self) -> Iterator[StepResult]:
         guard, engine, sections = self._guard, self._engine, self._sections
         while True:
             if self._exhausted or (self._steps is not None and guard.step >= self._steps):
@@ -113,6 +132,7 @@ class GuardedLoop:
             if not is_quiet:
                 sections.enter(_DATA)
             began = time.perf_counter()
+            self._divided.begin_step()
             batches = self._fetch()
             if not batches:
                 self._exhausted = True
@@ -133,10 +153,10 @@ class GuardedLoop:
                 sections.enter(_SCRIPT)
                 yield result
 
-    def warm_up(self, batch: Any) -> None:
+    def warm_up(self, batch: Any, guard_state: dict[str, Any]) -> None:
         """One forward and backward whose results are thrown away; see `needs_warm_up`."""
         with self._sync.micro_batch(last=True):
-            self._loss_fn(batch).backward()
+            self._loss_fn(self._divided.enough_of(batch, guard_state)).backward()
         self._zero_grad()
 
     # ------------------------------------------------------------------ one step
@@ -144,7 +164,12 @@ class GuardedLoop:
     def _step(self, batches: Sequence[Batch], began: float, fetched: float) -> StepResult | None:
         guard, sections = self._guard, self._sections
         sections.enter_computing(_FORWARD)
-        losses = self._forward_backward(batches)
+        try:
+            losses = self._forward_backward(batches)
+        except (MemoryError, RuntimeError) as error:
+            decision = self._divided.failed(error, batches)
+            self._heal(decision)
+            return None
         sections.enter_computing(_VOTE)
         computed = time.perf_counter()
         norm = self._clip() if self._state.scaler is None else self._unscaled_norm(self._state.scaler)
@@ -159,7 +184,9 @@ class GuardedLoop:
         self._engine.updating = True
         self._update(losses, batches[-1])
         guard.committed()
-        self._engine.updating = False
+        self._engine.updating = self._divided.is_torn
+        if not guard.division.is_settled:
+            self._divided.committed()
         updated = time.perf_counter()
         if guard.is_measuring:
             guard.observe(updated - began)
@@ -196,33 +223,41 @@ class GuardedLoop:
 
     def _forward_backward(self, batches: Sequence[Batch]) -> tuple[float, ...]:
         """Forward and backward of all micro-batches; the vote goes out between the last forward and its backward."""
+        if self._guard.division.parts > 1:
+            return self._divided.forward_backward(batches)
         if len(batches) == 1:
             (batch,) = batches
-            loss = self._loss_fn(batch.data)
-            check_loss(loss)
+            loss = self._loss(batch.data)
             losses = (loss.item(),)  # on a GPU this is the step's one synchronisation, and waits for the forward only
             self._last_backward(loss, losses, (batch.ordinal,))
             return losses
         losses = ()
-        for batch in batches[:-1]:
+        for number, batch in enumerate(batches[:-1]):
+            self._divided.begin_piece(number)
             with self._sync.micro_batch(last=False):
-                loss = self._loss_fn(batch.data)
-                check_loss(loss)
+                loss = self._loss(batch.data)
                 losses += (loss.item(),)
                 self._sections.enter_computing(_BACKWARD)
                 self._scaled(loss / len(batches)).backward()
                 self._sections.enter_computing(_FORWARD)
+        self._divided.begin_piece(len(batches) - 1)
         with self._sync.micro_batch(last=True):
-            loss = self._loss_fn(batches[-1].data)
-            check_loss(loss)
+            loss = self._loss(batches[-1].data)
             losses += (loss.item(),)
             self._last_backward(loss / len(batches), losses, tuple([batch.ordinal for batch in batches]))
         return losses
 
+    def _loss(self, data: Any) -> torch.Tensor:
+        loss = self._loss_fn(data)
+        check_loss(loss)
+        return loss
+
     def _last_backward(self, loss: torch.Tensor, losses: tuple[float, ...], ordinals: tuple[int, ...]) -> None:
         self._engine.remember_step()
         self._sections.enter_computing(_BACKWARD)
-        if self._guard.begin_vote(losses, ordinals):
+        is_void = self._guard.begin_vote(losses, ordinals)
+        self._divided.is_reducing = True
+        if is_void:
             with self._sync.voided():
                 loss.backward()
         else:
@@ -252,6 +287,8 @@ class GuardedLoop:
             else:
                 for optimizer in self._state.optimizers:
                     optimizer.step()
+        except (MemoryError, RuntimeError) as error:
+            self._divided.update_failed(error, batch)
         finally:
             guard.rate.undo()
         self._zero_grad()
@@ -291,6 +328,11 @@ class GuardedLoop:
         if self._trouble is None or decision.verdict is Verdict.FAILURE:
             self._trouble = decision
         self._engine.went_elsewhere()
+        if decision.rung is Rung.RETRY:
+            self._divided.go_back()
+            return
+        if decision.rung is Rung.ROLLBACK:
+            self._engine.updating = self._divided.is_torn = False
         self._epoch_losses.clear()
         self._exhausted = False
 

@@ -131,6 +131,11 @@ class Sections:
             self._cpu = cpu
         self.enter(section)
 
+    @property
+    def present(self) -> int:
+        """The section of the step at hand, also while one that the user named goes on inside it."""
+        return self._section
+
     # ------------------------------------------------------------------ the user's sections
 
     @contextlib.contextmanager

@@ -24,6 +24,14 @@ class OnWorldChange(enum.Enum):
     ERROR = "error"
 
 
+class OnOutOfMemory(enum.Enum):
+    """What to do about a rank that runs out of memory in a step of `Arc.train`."""
+
+    RETRY = "retry"
+    RESTART = "restart"
+    RAISE = "raise"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Keyword arguments of `Arc`, validated.
@@ -56,6 +64,9 @@ class Settings:
         monitor_budget: share of the time that these monitors may take; they look less often to keep it.
         compare_replicas_every: updates between two comparisons of DDP replicas by the monitor "replicas".
         stray_writes: what the monitor of that name does: "rollback" or "alert".
+        out_of_memory: what `train` does when a rank runs out of memory: "retry" the step in smaller micro-batches,
+            "restart" all processes and go on with smaller ones, or "raise".
+        widen_after: healthy steps after which batches that were divided are divided half as often again.
         vote_timeout_s: how long a rank waits for the vote of the others, in seconds.
         hang_factor, hang_min_s: a rank may be in a section of the step for this many times the longest stay so far, and
             always for that many seconds; a factor of 0 learns nothing.
@@ -89,6 +100,8 @@ class Settings:
     monitor_budget: float = 0.01
     compare_replicas_every: int = 64
     stray_writes: str = "rollback"
+    out_of_memory: str = "retry"
+    widen_after: int = 200
     vote_timeout_s: float = 300.0
     hang_factor: float = 10.0
     hang_min_s: float = 60.0
@@ -98,7 +111,7 @@ class Settings:
     on_world_change: str = OnWorldChange.EXACT.value
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "certify_after", "reduce_loss_every", "compare_replicas_every"):
+        for name in ("accumulate", "certify_after", "reduce_loss_every", "compare_replicas_every", "widen_after"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("snapshot_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -137,6 +150,8 @@ class Settings:
         )
         _require("policy", self.policy, isinstance(self.policy, HealingPolicy), "a HealingPolicy")
         require_known(self.policy.ladder)
+        answers = [answer.value for answer in OnOutOfMemory]
+        _require("out_of_memory", self.out_of_memory, self.out_of_memory in answers, f"one of {', '.join(answers)}")
         build(chosen(self.monitors), self.monitor_options)  # refuses unknown names and options
         known = {flag.name.lower() for flag in Flag if flag & FAULTS and flag.name}
         unknown = sorted(set(self.ignore) - known)

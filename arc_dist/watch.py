@@ -19,6 +19,7 @@ class StateWatch:
 
     Attributes:
         probe: what judges the tensors, and knows which were never finite.
+        followed: the last step at which `judge` looked for new tensors, which lets go of what FSDP2 has gathered.
     """
 
     def __init__(self, state: TrainingState) -> None:
@@ -26,6 +27,7 @@ class StateWatch:
         self._state = state
         self._watched: object = None
         self._num_states = -1
+        self.followed = -1
 
     def follow(self) -> int:
         """Hands the present tensors to the probe; returns the flags of what changed in a way that no step makes."""
@@ -48,6 +50,7 @@ class StateWatch:
         flags = 0
         if num_states != self._num_states or step % self.probe.pause == 0:
             self._num_states = num_states
+            self.followed = step
             flags = self.follow()
         return flags | self.probe.judge(step).value
 

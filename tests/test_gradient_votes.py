@@ -144,7 +144,7 @@ def hooked_body(rank, world_size, toy):
     job = guarded(dataclasses.replace(toy, steps=SETTLED + 10))
     job.model.register_comm_hook(None, lambda state, bucket: _averaged(bucket))
     list(job.steps)
-    return job.arc._engine.guard.vote_cadence.every, job.arc._engine.guard._carries_votes
+    return job.arc._engine.guard.vote_cadence.every, job.arc._engine.guard.carries_votes
 
 
 def _averaged(bucket):

@@ -19,6 +19,7 @@ class Rung(enum.Enum):
 
     APPLY = "apply"
     SKIP = "skip"
+    RETRY = "retry"  # the same batches again, divided; see `protocol.oom`
     ROLLBACK = "rollback"
     CHECKPOINT = "checkpoint"
     ESCAPE = "escape"

@@ -23,6 +23,7 @@ class Flag(enum.IntFlag):
     GRAD_EXPLOSION = 1 << 3
     GRAD_VANISHING = 1 << 4
     MONITOR_UPDATE = 1 << 7  # a monitor whose policy is to skip
+    OUT_OF_MEMORY = 1 << 25  # answered by `protocol.oom`
     # Faults of the state itself: only an older state helps.
     WEIGHT_NONFINITE = 1 << 8
     WEIGHT_NORM = 1 << 9
@@ -50,6 +51,7 @@ UPDATE_FAULTS = (
     | Flag.GRAD_EXPLOSION
     | Flag.GRAD_VANISHING
     | Flag.MONITOR_UPDATE
+    | Flag.OUT_OF_MEMORY
 )
 STATE_FAULTS = (
     Flag.WEIGHT_NONFINITE

@@ -122,6 +122,10 @@ class TrainingState:
             return {}
         return {f"model.{named.name}": named.tensor for named in self._named if named.moves}
 
+    def statistics(self) -> list[torch.Tensor]:
+        """The live buffers that a forward pass changes, whatever the number of ranks."""
+        return [named.tensor for named in self._named if named.moves]
+
     def _present(self) -> list[Any]:
         """All objects whose replacement makes the lists stale."""
         found: list[Any] = []

@@ -45,7 +45,7 @@ class Estate:
             lineage: of the job.
             member: the rank that it is for, which a spare learns late.
         """
-        agent = os.getppid() if member.has_agent_store else 0
+        agent = os.getppid() if member.has_agents else 0
         signature = Signature(
             lineage=lineage,
             rank=member.rank,
@@ -71,7 +71,7 @@ class Estate:
         has_restarts = member.restart_count < member.max_restarts
         is_untouched = returncode == ExitCode.PREEMPTED and not has_run
         is_awaited = was_told or returncode < 0 or has_restarts or is_untouched
-        self._is_left = member.has_agent_store and is_awaited and (returncode not in _FINAL or is_untouched)
+        self._is_left = member.has_agents and is_awaited and (returncode not in _FINAL or is_untouched)
 
     def __enter__(self) -> Estate:
         return self

@@ -330,7 +330,7 @@ def _await_launcher(ending: Ending, membership: Membership, supervisor: Supervis
 
 def _watch_notice_file(path: Path, membership: Membership, events: Events[Event]) -> NoticeFile:
     # torchrun's agent is as old as the job; without one the job begins here.
-    pid = os.getppid() if membership.has_agent_store else os.getpid()
+    pid = os.getppid() if membership.has_agents else os.getpid()
     watch = NoticeFile(
         path,
         job_started_at=seconds_since_1970(process.start_ticks(pid)),

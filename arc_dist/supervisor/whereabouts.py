@@ -76,5 +76,5 @@ def _job_id(env: Env, membership: Membership) -> str:
         return env.job_id
     if membership.run_id is not None:
         return membership.run_id
-    pid = os.getppid() if membership.has_agent_store else os.getpid()
+    pid = os.getppid() if membership.has_agents else os.getpid()
     return f"job-{pid}-{process.start_ticks(pid) or 0}"
