@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from arc_dist.checkpoint_store.format import TensorSpec
+from arc_dist.config import Env
 from arc_dist.peers.adoption import Place, adopt
 from arc_dist.peers.shelf import Shelf
 from arc_dist.snapshot import directory as directories
@@ -22,6 +23,8 @@ from arc_dist.snapshot.directory import OwnedDirectory, collect_dead, collect_of
 from arc_dist.snapshot.inheritance import Signature
 from arc_dist.snapshot.layout import StatusPage
 from arc_dist.snapshot.ring import SnapshotRing
+from arc_dist.supervisor.estate import Estate
+from arc_dist.supervisor.membership import Membership
 from arc_dist.supervisor.process import start_ticks
 
 HERE = Place(local_rank=0, local_world_size=2)
@@ -166,3 +169,29 @@ def test_a_signature_that_cannot_be_read_keeps_nothing(tmp_path):
     left = leave(tmp_path, signed(), 4)
     (left / "signature.json").write_text("{")
     assert collect_dead(tmp_path) == [left]
+
+
+AGENT = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_MAX_RESTARTS": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "returncode", "was_told", "is_left"),
+    [
+        ({**AGENT, "TORCHELASTIC_USE_AGENT_STORE": "True"}, 76, False, True),
+        ({**AGENT, "TORCHELASTIC_USE_AGENT_STORE": "False"}, 76, False, True),  # as arcrun starts several nodes
+        ({**AGENT, "TORCHELASTIC_RESTART_COUNT": "3"}, 76, False, False),
+        ({**AGENT, "TORCHELASTIC_RESTART_COUNT": "3"}, 76, True, True),
+        (AGENT, 0, False, False),
+        (AGENT, 75, True, False),
+        ({}, 76, False, False),
+    ],
+)
+def test_memory_stays_for_a_launcher_that_starts_the_ranks_again(environ, returncode, was_told, is_left, tmp_path):
+    membership = Membership.read(environ)
+    with Estate(Env.read({"ARC_SHM_ROOT": str(tmp_path)}), membership) as estate:
+        estate.claim("line", membership)
+        estate.ends_with(returncode, was_told=was_told)
+    assert estate.path.exists() == is_left
+    if is_left:
+        left = Signature.read(estate.path)
+        assert left is not None and left.agent_pid == os.getppid()

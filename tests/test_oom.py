@@ -33,7 +33,7 @@ def retried_body(rank, world_size, toy, shortages):
         job, memory = short_of_memory(toy, shortage, rank)
         actions = [step.action for step in job.steps]
         guard = job.arc._engine.guard
-        told.append((memory.refused, actions, guard.division.parts, job.digest(), job.replica(), guard.details))
+        told.append((memory.refused, actions, guard.division.parts, job.digest(), job.replica(), guard.healer.details))
     return told
 
 

@@ -113,7 +113,7 @@ def limited_body(rank, world_size, toy, limited):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     guard = arc._engine.guard
-    told = [theirs["memory"]["error"] for theirs in guard.details if theirs["memory"]]
+    told = [theirs["memory"]["error"] for theirs in guard.healer.details if theirs["memory"]]
     return actions, guard.division.parts, told, [p.detach().flatten() for p in _local(model)], weights_hash(model)
 
 
