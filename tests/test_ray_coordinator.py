@@ -124,7 +124,7 @@ def kill(pid: int) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_a_rank_the_actor_and_the_bridge_are_killed_and_no_bit_differs(tmp_path: Path, cluster: RayCluster, kind: str):
     toy = Toy(kind=kind, steps=60)
     faults: dict[str, Any] = {"kills": {"1": [35]}, "gates": [20, 50], "settings": {"hang_deadline_s": 0.0}}
