@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing.connection
 import os
@@ -82,6 +83,8 @@ class Job:
             exit_code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             exit_code = None
+            if "PYTHONFAULTHANDLER" in self.env:
+                self._dump_stacks()
             self.kill()
         seconds = time.monotonic() - self.started
         return JobResult(exit_code=exit_code, stdout=self.stdout(), stderr=self.stderr(), seconds=seconds)
@@ -107,6 +110,16 @@ class Job:
     def pids(self) -> list[int]:
         """All live processes that carry the job's mark."""
         return [pid for pid in _all_pids() if _has_mark(pid, self.mark)]
+
+    def _dump_stacks(self) -> None:
+        """Each process of a job that hangs tells, on its standard error, where its threads are."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")[:120]
+                with open(self.directory / "stderr", "ab") as err:
+                    err.write(b"--- stacks of process %d: %s\n" % (pid, name))
+                os.kill(pid, signal.SIGABRT)
+                time.sleep(0.3)
 
     def kill(self) -> None:
         """SIGKILLs every process of the job, until none is left."""

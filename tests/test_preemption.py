@@ -25,7 +25,7 @@ from toy import Toy, plain
 SCRIPT = str(Path(__file__).parent / "scripts" / "preempted.py")
 STEPS = 40
 SIGNALS = ("SIGTERM", "SIGUSR1")
-LIMIT_S = 110.0
+LIMIT_S = 300.0  # of each of two jobs: forty steps took 110 s on a machine with seven processes for each core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ CASES = [
     Case(kind="ddp", rank=0, step=None, place="save", target="launcher", times=2),
     Case(kind="fsdp", rank=0, step=9, place="loss", then="hang"),
     Case(kind="ddp", rank=1, step=8, place="loss", target="supervisor", then="die"),
+    Case(kind="ddp", rank=1, step=3, place="loss", then="die"),
 ]
 MORE = [
     Case(kind="fsdp", rank=1, step=9, place="loss", how="file"),
@@ -107,6 +108,7 @@ def launch(
         "ARC_PREEMPT_SIGNALS": ",".join(SIGNALS),
         "ARC_PREEMPT_FILE": str(directory / "notice"),
         "ARC_MAX_RESTARTS": "0",
+        "PYTHONFAULTHANDLER": "1",
         **env,
     }
     if not by_launcher:
@@ -149,14 +151,14 @@ def check(directory: Path, case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(2 * LIMIT_S + 60)
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.soak) for case in MORE)], ids=str)
 def test_a_notice_is_heard_wherever_it_comes_and_the_next_start_goes_on_bitwise(tmp_path: Path, case: Case) -> None:
     check(tmp_path, case)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(2 * LIMIT_S + 60)
 @pytest.mark.parametrize("then", [pytest.param("go on", marks=pytest.mark.soak), "hang"])
 def test_without_a_store_the_job_says_that_nothing_outlives_it(tmp_path: Path, then: str) -> None:
     case = Case(kind="fsdp", rank=1, step=6, place="loss", then=then)
@@ -170,7 +172,7 @@ def test_without_a_store_the_job_says_that_nothing_outlives_it(tmp_path: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(2 * LIMIT_S + 60)
 def test_a_grace_period_that_is_too_short_is_said_with_figures_and_remedy(tmp_path: Path) -> None:
     case = Case(kind="ddp", rank=0, step=6, place="loss")
     ended = launch(tmp_path, Toy(kind="ddp", steps=STEPS), case, ARC_GRACE_S="1")
@@ -181,7 +183,7 @@ def test_a_grace_period_that_is_too_short_is_said_with_figures_and_remedy(tmp_pa
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(2 * LIMIT_S + 60)
 @pytest.mark.parametrize("seed", range(200))
 def test_notices_at_random_places(tmp_path: Path, seed: int) -> None:
     check(tmp_path, random_case(seed))

@@ -154,6 +154,7 @@ def test_a_rank_the_actor_and_the_bridge_are_killed_and_no_bit_differs(tmp_path:
     assert cluster.coordinators() == []
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_the_command_starts_shows_and_ends_an_actor(cluster: RayCluster):
     done = cluster.arc("start", "--job-id=served", "--json")

@@ -145,7 +145,8 @@ class Drainer:
             held = [[step for step, info in found.items() if info.certified] for found in infos]
             copy = next_copy(held, every, finishing=finishing)
             for number in range(len(stores)):
-                self._tiers.prune(number)  # never the newest, which is what the slower tiers get
+                elsewhere = {step for other, found in enumerate(infos) if other != number for step in found}
+                self._tiers.prune(number, elsewhere)  # never the newest, which is what the slower tiers get
             if copy is None:
                 return
             self._copy(copy, infos[copy.source][copy.step])

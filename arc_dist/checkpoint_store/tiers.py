@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -148,18 +148,21 @@ class Tiers:
         except StoreError as error:
             _log.warning("the abandoned attempt at step %d was not removed: %s", step, error.message)
 
-    def prune(self, tier: int) -> list[int]:
+    def prune(self, tier: int, held_elsewhere: Collection[int] = ()) -> list[int]:
         """Removes the steps that the tier's own retention does not keep; returns them.
 
         With retention, what killed processes of this job left there goes too.
+
+        Args:
+            tier: its number.
+            held_elsewhere: steps that other tiers hold; see `orphans.collect_own`.
         """
         keep = self.tiers[tier].keep
         if keep is None:
             return []
         removed = self.stores[tier].prune(parse_retention(keep))
-        elsewhere = {step for step, tiers in self.holders().items() if tiers != [tier]}
         try:
-            left = self.stores[tier].collect_own(held_elsewhere=elsewhere)
+            left = self.stores[tier].collect_own(held_elsewhere)
         except StoreError as error:
             _log.warning("what interrupted saves left was not looked for: %s", error.message)
             return removed

@@ -261,9 +261,11 @@ class Supervisor:
             self._departure.begin(f"its trainer was ended by {process.signal_name(-trainer.returncode)}")
         if self._ends_with(trainer):
             return self._leave(trainer, cause)
-        if self._departure.has_begun and cause.kind != "finished" and self._directive is None:
-            self._report_departed(trainer, cause)
-            return None
+        if self._departure.has_begun and cause.kind != "finished":
+            self._departure.begin("a notice reached its trainer")  # which may not have lived to tell the coordinator
+            if self._directive is None:
+                self._report_departed(trainer, cause)
+                return None
         if cause.kind != "finished":
             self._report_death(trainer, cause)
         elif self._directive is None:
