@@ -7,14 +7,13 @@
 #   make soak                    the long tests
 #   make services                the tests against real services (what is not installed is skipped, with its reason)
 #
-# Three workers on two cores: half of the time a test waits for limits, grace periods and processes that start.
 # WORKERS=0 runs the tests in one process, for a debugger.
 # PYTHON=python3.12 chooses the interpreter. TORCH=PATH installs that torch wheel instead of the one pip would choose;
 # on Linux that is the CUDA build (gigabytes), and the CPU build of the same version is enough for everything here.
 
 VENV ?= .venv
 ARGS ?=
-WORKERS ?= 3
+WORKERS ?= 2
 TORCH ?=
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python
