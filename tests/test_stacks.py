@@ -27,10 +27,13 @@ def sleep() -> None:
     time.sleep(1000)
 
 
+_LOCK = ctypes.create_string_buffer(256)
+_take_lock = ctypes.PyDLL(None).pthread_mutex_lock  # found here, so that the function below has no other frame above it
+
+
 def hold_the_lock_of_the_interpreter() -> None:
-    lock = ctypes.create_string_buffer(256)
     for _ in range(2):  # the second call never comes back
-        ctypes.PyDLL(None).pthread_mutex_lock(lock)
+        _take_lock(_LOCK)
 
 
 def block_the_signal() -> None:
