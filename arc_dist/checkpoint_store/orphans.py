@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -171,10 +172,11 @@ def collect_own(backend: Backend, run: str, *, owner: str, held_elsewhere: Colle
     Raises:
         StoreError: see `arc_dist.errors`.
     """
-    replaced = replaced_owners(backend, run, owner) if isinstance(backend, LocalBackend) else frozenset[str]()
+    is_local = isinstance(backend, LocalBackend)
+    replaced = functools.cache(lambda: replaced_owners(backend, run, owner))  # read only if something is left over
 
     def is_void(began_by: str | None, step: int) -> bool:
-        return began_by in replaced and step not in held_elsewhere
+        return is_local and step not in held_elsewhere and began_by in replaced()
 
     done = collect_orphans(backend, run, grace_s=MIN_GRACE_S, owner=owner, is_void=is_void)
     return [orphan for orphan in done if orphan.removed]
